@@ -1,0 +1,456 @@
+# Copyright 2026 The hf-unlearn authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The unlearning report: what was done, measured and released, in the one file that all else is rendered from."""
+
+import hashlib
+import json
+import math
+import operator
+import os
+import re
+import types
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal, SupportsFloat, Union, get_args, get_origin, get_type_hints
+
+
+SCHEMA_VERSION = 1
+REPORT_NAME = "unlearning_report.json"
+
+# Text with a rule: the pattern that a value must match as a whole, and what a message calls it. The rules leave no
+# room for prose, so that no key can carry a row of the forget set, and a base model can never be an absolute path.
+Name = Annotated[str, re.compile(r"[A-Za-z0-9][A-Za-z0-9_.@+-]{0,99}"), "a plain name (letters, digits, _ . @ + -)"]
+HubId = Annotated[
+    str,
+    re.compile(r"(?!.*(--|\.\.))(\w[\w.-]*/)?\w([\w.-]{0,94}\w)?", re.ASCII),
+    "a Hub id such as 'org/name', never a path",
+]
+Revision = Annotated[str, re.compile(r"(?!.*\.\.)\w[\w./-]*", re.ASCII), "a commit, tag or branch"]
+RelativePath = Annotated[
+    str,
+    re.compile(r"(?!(.*/)?\.{1,2}(/|$))[^/\\:]+(/[^/\\:]+)*"),
+    "a relative path with forward slashes and without '..'",
+]
+Sha256 = Annotated[str, re.compile(r"[0-9a-f]{64}"), "64 hexadecimal digits"]
+
+
+@dataclass
+class BaseModel:
+    """The model that was unlearned. `model_id` is a Hub id; a model that came from a folder has none."""
+
+    model_id: HubId | None
+    revision: Revision | None
+    architecture: str
+    model_type: str
+    parameters: int
+    dtype: str
+
+
+@dataclass
+class LossTerm:
+    """One loss and its weight in the sum."""
+
+    name: Name
+    weight: float
+
+
+@dataclass
+class Scope:
+    """Which weights could move. `layers` is the range as configured, such as `"5-7"`."""
+
+    kind: Literal["lora", "peft", "selected", "full"]
+    modules: list[str]
+    layers: str | None
+    trainable_parameters: int
+    rank: int | None
+
+
+@dataclass
+class Method:
+    """How the model was unlearned. `settings` is an allow-list of hyperparameters, filled by the trainer."""
+
+    name: Name
+    forget_losses: list[LossTerm]
+    retain_losses: list[LossTerm]
+    scope: Scope
+    reference: Literal["adapter_disabled", "initial_weights", "separate_model"] | None
+    settings: dict[Name, float | int | str | bool | None]
+    seed: int
+    steps: int
+    checkpoint: str = "last step"
+
+
+@dataclass
+class DataSummary:
+    """How much data there was. Nothing here can hold the data, its name or its topic."""
+
+    rows: int
+    tokens: int
+
+
+@dataclass
+class Data:
+    """The data, at the disclosure level."""
+
+    disclosure: Literal["count-only"] = field(default="count-only", kw_only=True)
+    forget: DataSummary
+    retain: DataSummary | None = None
+
+
+@dataclass
+class ModuleFootprint:
+    """How far one tensor moved: `‖Δ‖/‖W‖`, `max |Δ|`, and how many of its parameters changed."""
+
+    name: str
+    relative_norm: float
+    max_abs: float
+    changed_parameters: int
+    parameters: int
+
+
+@dataclass
+class Footprint:
+    """How far the model moved. `modules` lists the changed tensors only."""
+
+    changed_parameters: int
+    total_parameters: int
+    relative_norm: float
+    max_abs: float
+    modules: list[ModuleFootprint]
+
+
+@dataclass
+class Metrics:
+    """Evaluation before and after: set -> metric -> value, the number of rows under the key `"rows"`."""
+
+    before: dict[Literal["forget", "retain"], dict[Name, float]] = field(default_factory=dict)
+    after: dict[Literal["forget", "retain"], dict[Name, float]] = field(default_factory=dict)
+
+
+@dataclass
+class AttackResult:
+    """What one attack brought back. `reason` says why `recovered` or a score is null."""
+
+    name: Name
+    budget: dict[Name, float | int | str]
+    recovered: float | None
+    control: str
+    score_before: float | None
+    score_after: float | None
+    score_original_attacked: float | None
+    score_control_attacked: float | None
+    utility_after: float | None
+    reason: str | None = None
+
+
+@dataclass
+class Certificate:
+    """A bound that holds for certain, and the limits within which it does."""
+
+    name: Name
+    values: dict[Name, float | int | str]
+    limits: str
+
+
+@dataclass
+class Environment:
+    """Where the run took place."""
+
+    python: str
+    platform: str
+    packages: dict[Name, str]
+    device: str
+    processes: int
+    train_seconds: float | None
+
+
+@dataclass
+class FileEntry:
+    """One released file."""
+
+    path: RelativePath
+    size: int
+    sha256: Sha256
+
+
+@dataclass
+class UnlearningReport:
+    """
+    The content of `unlearning_report.json`.
+
+    Fields may be set one by one while a run goes on. [`~UnlearningReport.to_dict`], [`~UnlearningReport.save`],
+    [`~UnlearningReport.from_dict`] and [`~UnlearningReport.load`] all check every field against its type: numbers
+    become plain `float` (NumPy and PyTorch scalars are fine), and a `ValueError` names the first field that is wrong.
+
+    Parameters:
+        schema_version (`int`, *optional*, defaults to `1`): Version of this schema.
+        tool_version (`str`): Version of hf-unlearn that made the report.
+        base ([`BaseModel`]): The model that was unlearned.
+        method ([`Method`]): Losses, scope, settings, seed and steps.
+        data ([`Data`]): The data, at the disclosure level.
+        footprint ([`Footprint`], *optional*): How far the weights moved.
+        metrics ([`Metrics`], *optional*): Evaluation before and after.
+        attacks (`list[AttackResult]`, *optional*): Attacks that were run, failures included.
+        certificates (`list[Certificate]`, *optional*): Bounds that hold for certain.
+        environment ([`Environment`]): Where the run took place.
+        files (`list[FileEntry]`, *optional*): The released files. The model card is rendered from the report, so
+            neither of the two can be listed here.
+
+    Example:
+
+    ```python
+    >>> from hf_unlearn.cards import BaseModel, Data, DataSummary, Environment, LossTerm, Method, Scope
+    >>> from hf_unlearn.cards import UnlearningReport
+
+    >>> report = UnlearningReport(
+    ...     tool_version="0.1.0",
+    ...     base=BaseModel("org/name", None, "LlamaForCausalLM", "llama", 936448, "float32"),
+    ...     method=Method(
+    ...         name="npo",
+    ...         forget_losses=[LossTerm("npo", 1.0)],
+    ...         retain_losses=[],
+    ...         scope=Scope("full", [], None, 936448, None),
+    ...         reference="initial_weights",
+    ...         settings={"beta": 0.1},
+    ...         seed=0,
+    ...         steps=60,
+    ...     ),
+    ...     data=Data(DataSummary(rows=40, tokens=1203)),
+    ...     environment=Environment("3.11.9", "Linux", {"torch": "2.13.0"}, "cpu", 1, 12.5),
+    ... )
+    >>> report.metrics.after["forget"] = {"probability": 0.0123, "rows": 40}
+    >>> report.to_dict()["metrics"]["after"]
+    {'forget': {'probability': 0.0123, 'rows': 40.0}}
+    >>> report.metrics.after["forget"]["probability"] = float("nan")
+    >>> report.to_dict()
+    Traceback (most recent call last):
+        ...
+    ValueError: metrics.after.forget.probability: expected a finite number, got nan
+
+    ```
+    """
+
+    schema_version: int = field(default=SCHEMA_VERSION, kw_only=True)
+    tool_version: str
+    base: BaseModel
+    method: Method
+    data: Data
+    footprint: Footprint | None = None
+    metrics: Metrics = field(default_factory=Metrics)
+    attacks: list[AttackResult] = field(default_factory=list)
+    certificates: list[Certificate] = field(default_factory=list)
+    environment: Environment = field(kw_only=True)
+    files: list[FileEntry] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the checked report as plain JSON values, keys in schema order."""
+        return asdict(_validated_report(self))
+
+    def to_json(self) -> str:
+        """Return the text that [`~UnlearningReport.save`] writes."""
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the report in one step: a reader of `path` sees the old file or the new one, never half of one."""
+        write_text(path, self.to_json())
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> "UnlearningReport":
+        """Build a report from the content of a JSON file: every key of the schema and no other, at every level."""
+        return _validated_report(content)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "UnlearningReport":
+        """Read a report. What does not fit raises a one-line `ValueError` that begins with the file's name."""
+        path = Path(path)
+        try:
+            content = json.loads(path.read_bytes())
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path.name}: not a JSON file") from error
+        try:
+            return cls.from_dict(content)
+        except ValueError as error:
+            raise ValueError(f"{path.name}: {error}") from error
+
+
+def hash_files(folder: str | os.PathLike, names: Iterable[str]) -> list[FileEntry]:
+    """
+    Measure and hash files for the report.
+
+    Args:
+        folder (`str` or `os.PathLike`):
+            The folder that is released.
+        names (`Iterable[str]`):
+            Paths relative to `folder`, with forward slashes.
+
+    Returns:
+        `list[FileEntry]`: One entry per name, in the order given.
+
+    Example:
+
+    ```python
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> from hf_unlearn.cards import hash_files
+
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = Path(folder, "config.json").write_text("{}")
+    ...     [entry] = hash_files(folder, ["config.json"])
+    >>> entry.size, entry.sha256[:8]
+    (2, '44136fa3')
+
+    ```
+    """
+    entries = []
+    for name in names:
+        name = _validated(name, RelativePath, "name")
+        with open(Path(folder, name), "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            # Of the open file, so that size and hash are those of the same bytes.
+            entries.append(FileEntry(name, os.fstat(file.fileno()).st_size, digest))
+    return entries
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write `text` to a new file beside `path`, then put it in its place: `path` never holds half of it."""
+    path = Path(path)
+    # Not from `tempfile`: its files are readable by their owner alone, and would stay so.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _validated_report(content: Any) -> UnlearningReport:
+    values = vars(content) if isinstance(content, UnlearningReport) else content
+    # The version comes first: keys that a newer schema added are no reason to complain about keys.
+    if isinstance(values, dict) and "schema_version" in values:
+        version = _validated(values["schema_version"], int, "schema_version")
+        if version > SCHEMA_VERSION:
+            raise ValueError(
+                f"this report has schema version {version}; this hf-unlearn reads up to {SCHEMA_VERSION}: "
+                "upgrade hf-unlearn"
+            )
+        if version < 1:
+            raise ValueError(f"schema_version: expected 1 to {SCHEMA_VERSION}, got {version}")
+    return _validated(values, UnlearningReport, "")
+
+
+@cache
+def _hints(cls: type) -> dict[str, Any]:
+    return get_type_hints(cls, include_extras=True)
+
+
+def _validated(value: Any, hint: Any, path: str) -> Any:
+    """
+    Return a copy of `value` that has the type `hint` all the way down, dataclasses in the place of dicts.
+
+    Messages name the field at fault and the type found there, never a text: a report that is refused may hold one
+    that must not be repeated.
+    """
+    origin = get_origin(hint)
+    if is_dataclass(hint):
+        return _validated_object(value, hint, path)
+    if origin is list:
+        if not isinstance(value, list):
+            raise _unfit(path, "a list", value)
+        return [_validated(item, get_args(hint)[0], f"{path}[{index}]") for index, item in enumerate(value)]
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise _unfit(path, "an object", value)
+        key_hint, value_hint = get_args(hint)
+        keys = [_validated(key, key_hint, f"a key of {path}") for key in value]
+        return {
+            key: _validated(item, value_hint, f"{path}.{key}") for key, item in zip(keys, value.values(), strict=True)
+        }
+    if origin is Annotated:
+        text_hint, pattern, meaning = get_args(hint)
+        text = _validated(value, text_hint, path)
+        if not pattern.fullmatch(text):
+            raise ValueError(f"{path}: expected {meaning}")
+        return text
+    if origin is Literal:
+        if not isinstance(value, str) or value not in get_args(hint):
+            raise ValueError(f"{path}: expected {' or '.join(map(repr, get_args(hint)))}")
+        return value
+    if origin in (Union, types.UnionType):
+        return _validated_union(value, get_args(hint), path)
+    return _validated_scalar(value, hint, path)
+
+
+def _validated_object(value: Any, cls: type, path: str) -> Any:
+    if isinstance(value, cls):
+        value = vars(value)
+    if not isinstance(value, dict):
+        raise _unfit(path or "the report", "an object", value)
+    prefix = f"{path}." if path else ""
+    names = [spec.name for spec in fields(cls)]
+    for key in value:
+        if key not in names:
+            raise ValueError(f"unknown key {prefix + str(key)!r}")
+    for name in names:
+        if name not in value:
+            raise ValueError(f"missing key {prefix + name!r}")
+    return cls(**{name: _validated(value[name], _hints(cls)[name], prefix + name) for name in names})
+
+
+def _validated_union(value: Any, members: tuple[Any, ...], path: str) -> Any:
+    if value is None and types.NoneType in members:
+        return None
+    if isinstance(value, bool) and bool in members:
+        return value
+    # Several scalar types: the value's own. What has none of them, such as a NumPy scalar, has to pass as the first.
+    members = [member for member in members if member is not types.NoneType]
+    own = [kind for kind in (int, str) if kind in members and isinstance(value, kind)]
+    return _validated(value, (own or members)[0], path)
+
+
+def _validated_scalar(value: Any, kind: type, path: str) -> Any:
+    if kind is str:
+        # One printable line: no line break that could open a block in the card, no invisible or unencodable character.
+        if not isinstance(value, str) or not value.isprintable():
+            raise _unfit(path, "one line of printable text", value)
+        return value
+    if isinstance(value, bool):
+        raise _unfit(path, "a number", value)
+    if kind is int:
+        try:
+            number = operator.index(value)
+        except TypeError:
+            raise _unfit(path, "an integer", value) from None
+        if not -(2**63) <= number < 2**63:
+            raise ValueError(f"{path}: expected an integer of 64 bits")
+        return number
+    if not isinstance(value, SupportsFloat):
+        raise _unfit(path, "a number", value)
+    try:
+        number = float(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        # A tensor with several elements, or an integer beyond the range of a float.
+        raise _unfit(path, "a number", value) from None
+    if not math.isfinite(number):
+        raise ValueError(f"{path}: expected a finite number, got {number}")
+    return number
+
+
+def _unfit(path: str, expected: str, value: Any) -> ValueError:
+    return ValueError(f"{path}: expected {expected}, got {type(value).__name__}")

@@ -1,0 +1,387 @@
+# Copyright 2026 The hf-unlearn authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The configuration of a run, on `TrainingArguments`."""
+
+import json
+import types
+import typing
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from transformers import TrainingArguments
+from transformers.utils import is_torch_bf16_gpu_available
+
+from .losses import FORGET_LOSSES, RETAIN_LOSSES
+
+
+@dataclass
+class UnlearnConfig(TrainingArguments):
+    r"""
+    Configuration class for the [`UnlearnTrainer`].
+
+    This class includes only the parameters that are specific to unlearning. For a full list of training arguments,
+    please refer to the [`~transformers.TrainingArguments`] documentation. Names shared with TRL keep TRL's meaning.
+
+    Using [`~transformers.HfArgumentParser`] we can turn this class into
+    [argparse](https://docs.python.org/3/library/argparse#module-argparse) arguments that can be specified on the
+    command line.
+
+    Parameters:
+        > Parameters that control the model
+
+        model_init_kwargs (`dict[str, Any]`, *optional*):
+            Keyword arguments for [`~transformers.AutoModelForCausalLM.from_pretrained`], used when the `model`
+            argument of the [`UnlearnTrainer`] is provided as a string. `dtype` defaults to `float32` and
+            `use_safetensors` to `True`.
+        disable_dropout (`bool`, *optional*, defaults to `True`):
+            Whether to disable dropout in the model, so that policy and reference differ by their weights only.
+        chat_template_path (`str`, *optional*):
+            A tokenizer (local directory or Hub id) whose chat template is used, or a Jinja template file. Only the
+            text of the template is taken; no token is added.
+
+        > Parameters that control the scope: which weights may move
+
+        trainable_layers (`str`, *optional*):
+            0-based decoder layers that may move, such as `"5-7"` or `"0,2,5-7"`. Everything else is frozen. With an
+            adapter, set `layers_to_transform` on the `peft_config` instead.
+        trainable_modules (`list[str]`, *optional*):
+            Modules that may move, by dotted name or its end, such as `mlp.down_proj`, within `trainable_layers`.
+
+        > Parameters that control the data preprocessing
+
+        dataset_text_field (`str`, *optional*, defaults to `"text"`):
+            Name of the column that contains text.
+        dataset_num_proc (`int`, *optional*):
+            Number of processes to use for processing the data sets.
+        max_length (`int` or `None`, *optional*, defaults to `1024`):
+            Maximum length of a tokenized row. Longer rows lose their end; where the prompt alone fills the row, it
+            loses its beginning instead, so that no row is left without its answer. If `None`, nothing is cut.
+        split_long_texts (`bool`, *optional*, defaults to `False`):
+            Whether to split plain text longer than `max_length` into several rows instead of cutting it.
+        completion_only_loss (`bool`, *optional*):
+            Whether to compute losses on the completion only. If `None` (default), that is so for data with prompt and
+            completion, and the whole text counts for text.
+        assistant_only_loss (`bool`, *optional*, defaults to `False`):
+            Whether to compute losses on the assistant's turns of conversations only.
+        topic_column (`str`, *optional*):
+            Column of the forget set (and, where it has it, of the retain set) that names a topic. Topics alternate
+            from step to step, each with its own control vector and weights.
+        topic_retain_weights (`dict[str, float]`, *optional*):
+            Factor on the retain losses in the steps of a topic, e.g. `{"bio": 1200, "cyber": 600}`. 1 where unset.
+        topic_steering_coefficients (`dict[str, float]`, *optional*):
+            `steering_coefficient` of a topic, where it differs.
+
+        > Parameters that control the losses
+
+        forget_loss (`list[str]`, *optional*, defaults to `["npo"]`):
+            What to forget: names from `hf_unlearn.FORGET_LOSSES` (`"ga"`, `"npo"`, `"rmu"`), summed with
+            `forget_loss_weights`.
+        forget_loss_weights (`list[float]`, *optional*):
+            Weight of each forget loss. 1 where unset.
+        retain_loss (`list[str]`, *optional*, defaults to `["kl"]`):
+            What to keep: names from `hf_unlearn.RETAIN_LOSSES` (`"nll"`, `"kl"`, `"hidden_mse"`), or `"none"`.
+        retain_loss_weights (`list[float]`, *optional*):
+            Weight of each retain loss. 1 where unset.
+        beta (`float`, *optional*, defaults to `0.1`):
+            Inverse temperature of the preference losses (`"npo"`).
+        hidden_layer (`int`, *optional*, defaults to `7`):
+            0-based decoder layer whose output (residual stream) the hidden-state losses read. Ignored by the others.
+        steering_coefficient (`float`, *optional*, defaults to `6.5`):
+            Length of the control vector of `"rmu"`.
+
+        > Parameters that control the reference model
+
+        reference_mode (`str`, *optional*, defaults to `"auto"`):
+            Where the frozen model comes from, for losses that read one. `"auto"`: the disabled adapter when a fresh
+            `peft_config` leaves the base weights alone, else the initial values of the trained tensors, swapped in.
+            `"swap"`: always the latter. `"copy"`: a second model.
+        precompute_ref_log_probs (`bool`, *optional*, defaults to `False`):
+            TRL's option to compute the reference log-probabilities once. Not supported yet.
+
+        > Refused, with the replacement named
+
+        packing (`bool`, *optional*, defaults to `False`):
+            Not supported: forget and retain rows are paired one to one.
+        loss_type (`str`, *optional*):
+            Not supported: use `forget_loss` and `retain_loss`.
+
+    > [!NOTE]
+    > These parameters have default values different from [`~transformers.TrainingArguments`]:
+    > - `logging_steps`: Defaults to `10` instead of `500`.
+    > - `activation_checkpointing`: Defaults to `True` instead of `False`, as TRL's `gradient_checkpointing`.
+    > - `bf16`: Defaults to `True` if `fp16` is not set and the GPU supports it, instead of `False`.
+    > - `learning_rate`: Defaults to `1e-5` instead of `5e-5`.
+    > - `logging_nan_inf_filter`: Defaults to `False` instead of `True`: a loss that is not finite ends the run.
+    """
+
+    _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + [
+        "model_init_kwargs",
+        "topic_retain_weights",
+        "topic_steering_coefficients",
+    ]
+
+    # Parameters whose default values are overridden from TrainingArguments
+    learning_rate: float = field(default=1e-5, metadata={"help": "The initial learning rate for AdamW."})
+    logging_steps: float = field(
+        default=10,
+        metadata={
+            "help": "Log every X updates steps. Should be an integer or a float in range `[0,1)`. If smaller than 1, "
+            "will be interpreted as ratio of total training steps."
+        },
+    )
+    activation_checkpointing: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Whether to recompute activations in the backward pass: less memory, about 20 %% slower. Defaults "
+            "to True, as TRL's gradient_checkpointing."
+        },
+    )
+    bf16: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Whether to use bfloat16 mixed precision. If not set, True if `fp16` is not set and the GPU "
+            "supports it."
+        },
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={"help": "Whether to hide losses that are not finite from the log. They end the run either way."},
+    )
+
+    # Parameters that control the model
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Keyword arguments for `AutoModelForCausalLM.from_pretrained`, used when the `model` argument of "
+            "the `UnlearnTrainer` is provided as a string."
+        },
+    )
+    disable_dropout: bool = field(default=True, metadata={"help": "Whether to disable dropout in the model."})
+    chat_template_path: str | None = field(
+        default=None,
+        metadata={"help": "A tokenizer whose chat template is used, or a Jinja template file."},
+    )
+
+    # Parameters that control the scope
+    trainable_layers: str | None = field(
+        default=None,
+        metadata={"help": "0-based decoder layers that may move, such as '5-7' or '0,2,5-7'; all else is frozen."},
+    )
+    trainable_modules: list[str] | None = field(
+        default=None,
+        metadata={"help": "Modules that may move, by dotted name or its end, such as 'mlp.down_proj'."},
+    )
+
+    # Parameters that control the data preprocessing
+    dataset_text_field: str = field(
+        default="text", metadata={"help": "Name of the column that contains text in the data sets."}
+    )
+    dataset_num_proc: int | None = field(
+        default=None, metadata={"help": "Number of processes to use for processing the data sets."}
+    )
+    max_length: int | None = field(
+        default=1024,
+        metadata={"help": "Maximum length of a tokenized row; longer rows are cut and keep a part of the answer."},
+    )
+    split_long_texts: bool = field(
+        default=False,
+        metadata={"help": "Whether to split plain text longer than max_length into several rows."},
+    )
+    completion_only_loss: bool | None = field(
+        default=None,
+        metadata={"help": "Whether to compute losses on the completion only; True for prompt-completion data."},
+    )
+    assistant_only_loss: bool = field(
+        default=False, metadata={"help": "Whether to compute losses on the assistant's turns only."}
+    )
+    topic_column: str | None = field(
+        default=None, metadata={"help": "Column that names a topic; topics alternate from step to step."}
+    )
+    topic_retain_weights: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Factor on the retain losses per topic, as JSON: '{\"bio\": 1200}'."}
+    )
+    topic_steering_coefficients: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "`steering_coefficient` per topic, as JSON, where it differs."}
+    )
+
+    # Parameters that control the losses
+    forget_loss: list[str] = field(
+        default_factory=lambda: ["npo"],
+        metadata={"help": "What to forget, summed with forget_loss_weights.", "choices": list(FORGET_LOSSES)},
+    )
+    forget_loss_weights: list[float] | None = field(
+        default=None, metadata={"help": "Weight of each forget loss. 1 where unset."}
+    )
+    retain_loss: list[str] = field(
+        default_factory=lambda: ["kl"],
+        metadata={"help": "What to keep, summed with retain_loss_weights.", "choices": [*RETAIN_LOSSES, "none"]},
+    )
+    retain_loss_weights: list[float] | None = field(
+        default=None, metadata={"help": "Weight of each retain loss. 1 where unset."}
+    )
+    beta: float = field(default=0.1, metadata={"help": "Inverse temperature of the preference losses (npo)."})
+    hidden_layer: int = field(
+        default=7, metadata={"help": "0-based decoder layer whose output the hidden-state losses read."}
+    )
+    steering_coefficient: float = field(default=6.5, metadata={"help": "Length of the control vector of rmu."})
+
+    # Parameters that control the reference model
+    reference_mode: str = field(
+        default="auto",
+        metadata={
+            "help": "Where the frozen model comes from: the disabled adapter or the initial values swapped in "
+            "('auto'), always the latter ('swap'), or a second model ('copy').",
+            "choices": ["auto", "swap", "copy"],
+        },
+    )
+    precompute_ref_log_probs: bool = field(
+        default=False, metadata={"help": "Not supported yet: the reference runs in every step."}
+    )
+
+    # Refused, with the replacement named
+    packing: bool = field(default=False, metadata={"help": "Not supported: forget and retain rows are paired."})
+    loss_type: str | None = field(
+        default=None, metadata={"help": "Not supported: use forget_loss and retain_loss instead."}
+    )
+
+    def __post_init__(self):
+        if self.activation_checkpointing is None and self.gradient_checkpointing is None:
+            self.activation_checkpointing = True
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
+        for option in fields(UnlearnConfig):
+            if option.name in UnlearnConfig.__annotations__:
+                value = _coerce(option.name, getattr(self, option.name), _HINTS[option.name])
+                setattr(self, option.name, value)
+                _check_choices(option.name, value, option.metadata.get("choices"))
+        super().__post_init__()
+        self._validate()
+
+    def _validate(self) -> None:
+        if self.packing:
+            raise ValueError(
+                "packing=True is not supported: forget and retain rows are paired one to one. Remove it; long plain "
+                "text can be split with split_long_texts=True."
+            )
+        if self.loss_type is not None:
+            raise ValueError(
+                "loss_type is not supported: use forget_loss (what to forget: "
+                f"{', '.join(FORGET_LOSSES)}) and retain_loss (what to keep: {', '.join(RETAIN_LOSSES)}, none)."
+            )
+        if self.precompute_ref_log_probs:
+            raise ValueError(
+                "precompute_ref_log_probs=True is not supported yet: remove it. The reference needs no second model."
+            )
+        if not self.forget_loss:
+            raise ValueError(f"forget_loss is empty: choose from {', '.join(FORGET_LOSSES)}.")
+        if not self.retain_loss:
+            raise ValueError('retain_loss is empty: write "none" to keep nothing on purpose.')
+        if "none" in self.retain_loss and len(self.retain_loss) > 1:
+            raise ValueError('retain_loss: "none" stands alone.')
+        for losses, weights in (("forget_loss", "forget_loss_weights"), ("retain_loss", "retain_loss_weights")):
+            names, values = getattr(self, losses), getattr(self, weights)
+            if len(set(names)) < len(names):
+                raise ValueError(f"{losses} names a loss twice ({', '.join(names)}): give it a weight instead.")
+            if values is not None and len(values) != len(names):
+                raise ValueError(
+                    f"{weights} has {len(values)} value{'s' if len(values) != 1 else ''} but {losses} has "
+                    f"{len(names)}: give one weight per loss."
+                )
+        if self.max_length is not None and self.max_length < 2:
+            raise ValueError(f"max_length={self.max_length} leaves nothing to predict: use at least 2, or None.")
+        if not self.beta > 0:
+            raise ValueError(f"beta={self.beta} must be positive.")
+        if self.hidden_layer < 0:
+            raise ValueError(f"hidden_layer={self.hidden_layer} must be a 0-based layer.")
+        if self.label_smoothing_factor != 0:
+            raise ValueError("label_smoothing_factor is not supported: no unlearning loss reads it. Remove it.")
+        if self.neftune_noise_alpha is not None:
+            raise ValueError(
+                "neftune_noise_alpha is not supported: it would add noise to the reference too. Remove it."
+            )
+        if self.torch_compile:
+            raise ValueError("torch_compile is not supported yet: losses run truncated forwards. Remove it.")
+        if self.train_sampling_strategy not in ("random", "sequential"):
+            raise ValueError(
+                f"train_sampling_strategy={self.train_sampling_strategy!r} is not supported: rows are paired; use "
+                "'random' or 'sequential'."
+            )
+        if (self.activation_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise ValueError(
+                "activation_checkpointing_kwargs={'use_reentrant': True} is not supported: with several forwards in a "
+                "step its gradients are silently wrong. Remove it, or set it to False."
+            )
+        if (self.topic_retain_weights or self.topic_steering_coefficients) and self.topic_column is None:
+            raise ValueError("topic_retain_weights and topic_steering_coefficients need topic_column.")
+
+
+_HINTS = typing.get_type_hints(UnlearnConfig)
+
+
+def _coerce(name: str, value: Any, hint: Any) -> Any:
+    """
+    Gives a value the type of its field. A YAML file knows no field types: `1e-3` in a list arrives as text, a lone
+    loss as a scalar, `off` as False, layers `5` as a number.
+    """
+    is_optional = isinstance(hint, types.UnionType) and type(None) in typing.get_args(hint)
+    kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)] if is_optional else [hint]
+    if value is None:
+        if is_optional:
+            return None
+        raise ValueError(f"{name} must not be None.")
+    kind = kinds[0]
+    try:
+        if typing.get_origin(kind) is list:
+            items = value if isinstance(value, (list, tuple)) else [value]
+            return [_scalar(item, typing.get_args(kind)[0]) for item in items]
+        if typing.get_origin(kind) is dict:
+            return _mapping(value)
+        if kind is str and isinstance(value, (list, tuple)):
+            return ",".join(str(item) for item in value)  # layers written as a YAML list
+        return _scalar(value, kind)
+    except (TypeError, ValueError):
+        wanted = getattr(kind, "__name__", str(kind)) if typing.get_origin(kind) is None else str(kind)
+        raise ValueError(f"{name}={value!r} is not a valid {wanted}.") from None
+
+
+def _scalar(value: Any, kind: type) -> Any:
+    if kind is bool:
+        if isinstance(value, str) and value.lower() in ("true", "false"):
+            return value.lower() == "true"
+        if not isinstance(value, bool):
+            raise ValueError
+        return value
+    if kind is str:
+        return "none" if value is False else str(value)  # YAML reads off and no as False
+    if isinstance(value, bool):
+        raise ValueError
+    if kind is int and isinstance(value, float) and not value.is_integer():
+        raise ValueError
+    return kind(value)
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    if isinstance(value, str):
+        value = json.loads(value)
+    if not isinstance(value, dict):
+        raise ValueError
+    return value
+
+
+def _check_choices(name: str, value: Any, choices: list[str] | None) -> None:
+    if choices is None or value is None:
+        return
+    for item in value if isinstance(value, list) else [value]:
+        if item not in choices:
+            raise ValueError(f"{name}: {item!r} is unknown; choose from {', '.join(choices)}.")

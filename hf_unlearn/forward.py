@@ -1,0 +1,311 @@
+# Copyright 2026 The hf-unlearn authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Running a causal LM no further than the losses read: truncated forwards, and a language-model head in chunks."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from .scope import decoder_layers
+
+
+# Elements of fp32 logits that exist at one time (128 MiB).
+LOGITS_BUDGET = 2**25
+
+
+def redirect_forward(wrapped_model: nn.Module, model: nn.Module, method: Callable, *args: Any) -> Any:
+    """
+    Calls `method(*args)` as if it were the forward of `wrapped_model`.
+
+    DDP and FSDP do their work around the wrapped model's forward. Forget, retain and reference passes, truncated ones
+    among them, go through *one* such call per micro-batch; calling parts of the model directly skips gradient
+    synchronisation without an error. The idea is PyTorch Lightning's, as in TRL's distillation trainer.
+
+    Args:
+        wrapped_model (`nn.Module`): the model as the Trainer prepared it.
+        model (`nn.Module`): the model inside, without the wrapper.
+        method (`Callable`): what to run in place of `model.forward`.
+    """
+    had_own_forward = "forward" in model.__dict__  # accelerate's mixed precision sets one on the instance
+    original_forward = model.forward
+
+    def restore() -> None:
+        if had_own_forward:
+            model.forward = original_forward
+        else:
+            model.__dict__.pop("forward", None)
+
+    def redirected(*inner_args: Any) -> Any:
+        restore()  # `method` may itself call the real forward
+        return method(*inner_args)
+
+    model.forward = redirected
+    try:
+        return wrapped_model(*args)
+    finally:
+        restore()
+
+
+class _StopForward(Exception):
+    """Ends a forward at the hidden layer. Never leaves [`Decoder.run`]."""
+
+
+@dataclass
+class BackboneOutput:
+    """
+    What one pass gave; what was not asked for is `None`.
+
+    Attributes:
+        last_hidden_state (`torch.Tensor` of shape `(B, T, D)`, *optional*): after the final norm.
+        hidden_states (`torch.Tensor` of shape `(B, T, D)`, *optional*): the residual stream after the hidden layer,
+            before any final norm.
+    """
+
+    last_hidden_state: Tensor | None
+    hidden_states: Tensor | None
+
+
+class Decoder:
+    """
+    A causal language model, run no further than needed.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): causal language model; with PEFT, the model inside.
+        hidden_layer (`int`, *optional*): 0-based decoder layer whose output [`Decoder.run`] can capture.
+    """
+
+    def __init__(self, model: PreTrainedModel, hidden_layer: int | None = None):
+        self.model = model
+        self.head = OutputHead(model)
+        self.hidden_layer = None if hidden_layer is None else decoder_layers(model)[1][hidden_layer]
+
+    def run(self, batch: dict[str, Tensor], hidden_states: bool, last_hidden_state: bool) -> BackboneOutput:
+        """
+        Runs all layers when `last_hidden_state` is asked for, else exactly those up to the hidden layer.
+
+        Args:
+            batch (`dict[str, torch.Tensor]`): `input_ids` and `attention_mask`, `(B, T)`, right-padded.
+            hidden_states (`bool`): capture the residual stream after the hidden layer.
+            last_hidden_state (`bool`): return the final hidden states.
+        """
+        captured = []
+
+        def capture(module: nn.Module, args: tuple, output: Tensor) -> None:
+            captured.append(output)
+            if not last_hidden_state:
+                raise _StopForward
+
+        # Registered per call and always removed. The hook runs after FSDP2's own (which reshards the layer), because
+        # it came later, and outside activation checkpoints, so once: transformers >= 5.23 checkpoints `forward`.
+        handle = self.hidden_layer.register_forward_hook(capture) if hidden_states else None
+        output = None
+        try:
+            # `base_model` is the decoder without the language-model head
+            output = self.model.base_model(
+                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+            )
+        except _StopForward:
+            pass
+        finally:
+            if handle is not None:
+                handle.remove()
+        return BackboneOutput(
+            last_hidden_state=output.last_hidden_state if last_hidden_state else None,
+            hidden_states=captured[0] if captured else None,
+        )
+
+
+class OutputHead:
+    """
+    The language-model head with whatever the architecture does to its logits, in fp32.
+
+    Matrix products run in the dtype of the head's weight, outside autocast: under bf16 autocast an fp32 head would
+    otherwise round logits to 8 bits (a unit in the last place is 0.06 to 0.125 at the usual magnitudes), which drowns
+    a small KL. For a model loaded in bf16 the product itself is bf16; only what follows is fp32.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): causal language model; with PEFT, the model inside.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        self.module = model.get_output_embeddings()
+        config = model.config.get_text_config().to_dict()
+        # Scale before the softcap. Cohere multiplies, Granite divides, Falcon-H1 multiplies; `check_output_head`
+        # refuses whatever is not one of these.
+        self.scale = config.get("logit_scale") or config.get("lm_head_multiplier") or 1.0
+        if config.get("logits_scaling"):
+            self.scale = 1.0 / config["logits_scaling"]
+        self.softcap = config.get("final_logit_softcapping")
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether a parameter of the head moves: its own, a tied embedding's, or an adapter's on it."""
+        return any(parameter.requires_grad for parameter in self.module.parameters())
+
+    @property
+    def is_sharded(self) -> bool:
+        from torch.distributed.tensor import DTensor
+
+        return any(isinstance(parameter, DTensor) for parameter in self.module.parameters())
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """`(N, D)` final hidden states to `(N, vocabulary)` fp32 logits."""
+        weight = self.module.weight
+        with torch.autocast(hidden.device.type, enabled=False):
+            logits = self.module(hidden.to(weight.dtype) if weight.is_floating_point() else hidden).float()
+        logits = logits * self.scale if self.scale != 1.0 else logits
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+@torch.no_grad()
+def check_output_head(model: PreTrainedModel) -> None:
+    """
+    Refuses an architecture whose logits are not what [`OutputHead`] computes, by comparing them on two tokens.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): causal language model; with PEFT, the model inside.
+
+    Raises:
+        `ValueError`: the model's own forward gives other logits.
+    """
+    was_training = model.training
+    model.eval()
+    input_ids = torch.tensor([[0, 1]], device=model.get_input_embeddings().weight.device)
+    expected = model(input_ids=input_ids, use_cache=False).logits.float()
+    hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+    logits = OutputHead(model)(hidden.flatten(0, 1)).view_as(expected)
+    model.train(was_training)
+    # bf16 weights: both paths round once, but scale and softcap act on other roundings
+    tolerance = 1e-4 if hidden.dtype == torch.float32 else 2e-2
+    if not torch.allclose(logits, expected, rtol=tolerance, atol=tolerance * expected.abs().max().item()):
+        raise ValueError(
+            f"{type(model).__name__} changes its logits after the language-model head in a way that hf-unlearn does "
+            "not know: use hidden-state losses (rmu with hidden_mse), or report the architecture."
+        )
+
+
+class _PrecomputedGradient(torch.autograd.Function):
+    """Per-position values whose gradient with respect to their own hidden state is already known."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, values: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad_values: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return (grad_values.unsqueeze(-1) * gradient).to(gradient.dtype), None, None
+
+
+def per_position(head: OutputHead, hidden: Tensor, function: Callable[..., Tensor], *extras: Tensor) -> Tensor:
+    """
+    One number per position from its logits, without holding all logits at a time.
+
+    With a frozen head, the gradient of each value with respect to its hidden state is computed in the forward, chunk
+    by chunk, and kept as `(N, D)`: logits are never stored and never recomputed, at the FLOPs of one forward and one
+    backward. A trained head is checkpointed instead (its logits are computed twice). A sharded head runs in one piece,
+    because FSDP's hooks expect one call per forward; then the memory is that of all logits.
+
+    Args:
+        head ([`OutputHead`]): the head.
+        hidden (`torch.Tensor` of shape `(N, D)`): final hidden states.
+        function (`Callable`): `(logits (n, V) fp32, *extras) -> (n,)`; row i may depend on row i only.
+        extras (`torch.Tensor` of shape `(N, ...)`): further arguments, chunked alike, without gradient.
+
+    Returns:
+        `torch.Tensor` of shape `(N,)`, fp32.
+    """
+    if head.is_sharded:
+        return function(head(hidden), *extras)
+    chunk = max(1, LOGITS_BUDGET // head.module.weight.shape[0])
+    pieces = [tensor.split(chunk) for tensor in (hidden, *extras)]
+
+    if not torch.is_grad_enabled():
+        return torch.cat([function(head(h), *e) for h, *e in zip(*pieces, strict=True)])
+
+    if head.is_trained:
+
+        def run(h: Tensor, *e: Tensor) -> Tensor:
+            return function(head(h), *e)
+
+        return torch.cat([checkpoint(run, h, *e, use_reentrant=False) for h, *e in zip(*pieces, strict=True)])
+
+    values, gradients = [], []
+    for h, *e in zip(*pieces, strict=True):
+        h = h.detach().requires_grad_()
+        value = function(head(h), *e)
+        gradients.append(torch.autograd.grad(value.sum(), h)[0])
+        values.append(value.detach())
+    return _PrecomputedGradient.apply(hidden, torch.cat(values), torch.cat(gradients))
+
+
+def label_log_prob(logits: Tensor, labels: Tensor) -> Tensor:
+    """`log softmax(logits)[label]`, `(N, V), (N,) -> (N,)`."""
+    return logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
+
+
+def kl_divergence(logits: Tensor, reference_logits: Tensor) -> Tensor:
+    """`KL(softmax(reference_logits) || softmax(logits))` per row, `(N, V), (N, V) -> (N,)`, in nats."""
+    log_p, log_q = reference_logits.log_softmax(-1), logits.log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def gather_predicting(last_hidden_state: Tensor, label_index: Tensor) -> Tensor:
+    """The `(N, D)` hidden states that predict the labelled tokens: those one position before them."""
+    return last_hidden_state.flatten(0, 1).index_select(0, label_index - 1)
+
+
+def scatter_to_tokens(values: Tensor, label_index: Tensor, shape: torch.Size) -> Tensor:
+    """`(N,)` values of the labelled tokens to `(B, T)`, zero elsewhere."""
+    return values.new_zeros(shape.numel()).index_copy(0, label_index, values).view(shape)
+
+
+def token_log_probs(head: OutputHead, hidden: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    """Log-probability of each labelled token, `(B, T)` fp32, from the `(N, D)` states that predict them."""
+    labels = batch["labels"].flatten().index_select(0, batch["label_index"])
+    values = per_position(head, hidden, label_log_prob, labels)
+    return scatter_to_tokens(values, batch["label_index"], batch["labels"].shape)
+
+
+def token_kl(
+    head: OutputHead,
+    hidden: Tensor,
+    reference_head: Callable[[Tensor], Tensor],
+    reference: Tensor,
+    batch: dict[str, Tensor],
+) -> Tensor:
+    """
+    KL(p_ref || p_theta) of the distribution that predicts each labelled token, `(B, T)` fp32.
+
+    Args:
+        head ([`OutputHead`]): head of the trained model.
+        hidden (`torch.Tensor` of shape `(N, D)`): its states that predict the labelled tokens.
+        reference_head (`Callable`): `(n, ...)` rows of `reference` to `(n, V)` logits of the reference.
+        reference (`torch.Tensor` of shape `(N, ...)`): hidden states of the reference, or its logits.
+        batch (`dict[str, torch.Tensor]`): `labels` and `label_index`.
+    """
+
+    def function(logits: Tensor, reference_rows: Tensor) -> Tensor:
+        with torch.no_grad():
+            reference_logits = reference_head(reference_rows)
+        return kl_divergence(logits, reference_logits)
+
+    values = per_position(head, hidden, function, reference)
+    return scatter_to_tokens(values, batch["label_index"], batch["labels"].shape)

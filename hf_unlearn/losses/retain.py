@@ -1,0 +1,114 @@
+# Copyright 2026 The hf-unlearn authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What to keep: pure functions of tensors that return `(loss, metrics)`. Conventions as in `forget.py`."""
+
+from torch import Tensor
+
+
+def nll(log_probs: Tensor, *, mask: Tensor, num_items: Tensor | float) -> tuple[Tensor, dict[str, Tensor]]:
+    r"""
+    Cross-entropy on the retain tokens, as in fine-tuning.
+
+    $$L = -\frac{1}{n} \sum_{b,t} \log p_\theta(y_{b,t})$$
+
+    Args:
+        log_probs (`torch.Tensor` of shape `(B, T)`, fp32): log-probability of each token under the trained model.
+        mask (`torch.Tensor` of shape `(B, T)`, bool): tokens that are kept.
+        num_items (`torch.Tensor` or `float`): number of such tokens.
+
+    Returns:
+        The token-mean loss in nats, and no metrics.
+
+    Source: GradDiff, [2401.06121](https://huggingface.co/papers/2401.06121), section 4. Published: weight 1.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from hf_unlearn.losses.retain import nll
+    >>> log_probs, mask = torch.tensor([[0.0, -1.0, -3.0]]), torch.tensor([[False, True, True]])
+    >>> nll(log_probs, mask=mask, num_items=2)
+    (tensor(2.), {})
+
+    ```
+    """
+    return -log_probs.masked_fill(~mask, 0.0).sum() / num_items, {}
+
+
+def kl(token_kl: Tensor, *, mask: Tensor, num_items: Tensor | float) -> tuple[Tensor, dict[str, Tensor]]:
+    r"""
+    Keeps the whole next-token distribution where the reference had it.
+
+    $$L = \frac{1}{n} \sum_{b,t} \sum_v p_{ref}(v|x_{b,<t}) \log \frac{p_{ref}(v|x_{b,<t})}{p_\theta(v|x_{b,<t})}$$
+
+    Only positions that predict a label count: the prompt and the padding do not (they do in public code).
+
+    Args:
+        token_kl (`torch.Tensor` of shape `(B, T)`, fp32): KL(p_ref || p_theta) of the distribution that predicts the
+            token at each position; see [`~hf_unlearn.forward.token_kl`], which never holds `(B, T, vocabulary)`.
+        mask (`torch.Tensor` of shape `(B, T)`, bool): tokens that are kept.
+        num_items (`torch.Tensor` or `float`): number of such tokens.
+
+    Returns:
+        The token-mean divergence in nats, and no metrics.
+
+    Source: TOFU's "KL minimization", [2401.06121](https://huggingface.co/papers/2401.06121), section 4. Published:
+    weight 1; 20 to 50 with NPO on WMDP.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from hf_unlearn.losses.retain import kl
+    >>> kl(torch.tensor([[7.0, 0.5, 1.5]]), mask=torch.tensor([[False, True, True]]), num_items=2)
+    (tensor(1.), {})
+
+    ```
+    """
+    return token_kl.masked_fill(~mask, 0.0).sum() / num_items, {}
+
+
+def hidden_mse(
+    hidden_states: Tensor, reference_hidden_states: Tensor, *, mask: Tensor, num_items: Tensor | float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    r"""
+    Keeps the residual stream after the hidden layer where the reference had it.
+
+    $$L = \frac{1}{n D} \sum_{b,t} \lVert h_\theta(x_{b,t}) - h_{ref}(x_{b,t}) \rVert_2^2$$
+
+    Args:
+        hidden_states (`torch.Tensor` of shape `(B, T, D)`): residual stream of the trained model.
+        reference_hidden_states (`torch.Tensor` of shape `(B, T, D)`): the same under the reference, without gradient.
+        mask (`torch.Tensor` of shape `(B, T)`, bool): positions that are kept (labels other than -100).
+        num_items (`torch.Tensor` or `float`): number of such positions.
+
+    Returns:
+        The loss, a mean over positions and dimensions, and no metrics.
+
+    Source: the retain term of RMU, [2403.03218](https://huggingface.co/papers/2403.03218), section 4. Published:
+    weight 1200 (Zephyr-7B, layer 7).
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from hf_unlearn.losses.retain import hidden_mse
+    >>> hidden_states, mask = torch.tensor([[[3.0, 4.0], [9.0, 9.0]]]), torch.tensor([[True, False]])
+    >>> hidden_mse(hidden_states, torch.zeros(1, 2, 2), mask=mask, num_items=1)
+    (tensor(12.5000), {})
+
+    ```
+    """
+    error = (hidden_states.float() - reference_hidden_states.float()).square().mean(-1)
+    return error.masked_fill(~mask, 0.0).sum() / num_items, {}

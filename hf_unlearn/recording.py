@@ -1,0 +1,330 @@
+# Copyright 2026 The hf-unlearn authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What a run leaves on record: evaluations, footprint, settings, environment, files. No forget text passes here."""
+
+import copy
+import os
+import platform
+from collections.abc import Iterator
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import torch
+from datasets import Dataset
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from peft import LoraConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from hf_unlearn.cards.report import (
+    REPORT_NAME,
+    BaseModel,
+    Data,
+    DataSummary,
+    Environment,
+    Footprint,
+    LossTerm,
+    Method,
+    Metrics,
+    ModuleFootprint,
+    Scope,
+    UnlearningReport,
+    hash_files,
+)
+
+from ._version import __version__
+from .reference import DisabledAdapter, InitialWeights, Reference, inner_model
+
+
+if TYPE_CHECKING:
+    from .trainer import UnlearnTrainer
+
+
+_PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "safetensors")
+
+# Settings that a report may show: numbers and choices, nothing that could hold a path, a name or a text.
+_SETTINGS = (
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "optim",
+    "weight_decay",
+    "max_grad_norm",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "num_train_epochs",
+    "max_length",
+    "bf16",
+    "disable_dropout",
+    "reference_mode",
+)
+
+# Files that a saved model consists of. Anything else in the folder is the user's and stays out of the report.
+_MODEL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors.index.json",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+
+
+class RunRecord:
+    """
+    Collects what `unlearning_report.json` needs while a run goes on.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): the model before training.
+        reference ([`~hf_unlearn.reference.Reference`], *optional*): the run's reference; its initial weights are
+            shared.
+        forget ([`~datasets.Dataset`]): prepared forget rows; only their numbers are kept.
+        retain ([`~datasets.Dataset`], *optional*): prepared retain rows; only their numbers are kept.
+
+    Attributes:
+        evaluations (`dict`): `before|after` -> `forget|retain` -> metric -> value.
+        last_checkpoint (`str`, *optional*): folder of the newest checkpoint.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel | PeftModel, reference: Reference | None, forget: Dataset, retain: Dataset | None
+    ):
+        self.evaluations: dict[str, dict[str, dict[str, float]]] = {"before": {}, "after": {}}
+        self.last_checkpoint: str | None = None
+        self.model_id, self.revision = _hub_origin(inner_model(model).config._name_or_path)
+        self.data = Data(_summary(forget), None if retain is None else _summary(retain))
+        self.is_adapter_fresh = isinstance(reference, DisabledAdapter)
+        self.initial: InitialWeights | None = None
+        if isinstance(reference, InitialWeights):
+            self.initial = reference
+        elif not self.is_adapter_fresh and _trains_a_part(model):
+            # For the footprint alone: in main memory
+            self.initial = InitialWeights(model, device="cpu")
+
+    def add_evaluation(self, prefix: str, metrics: dict[str, float], step: int) -> None:
+        """Keeps an evaluation of the forget or retain set: the last one before any step, and the last one after."""
+        name = prefix.rpartition("_")[2]
+        if name in ("forget", "retain"):
+            self.evaluations["before" if step == 0 else "after"][name] = metrics
+
+    def report(self, trainer: "UnlearnTrainer") -> UnlearningReport:
+        """The report of the trainer's run as it stands. To be called on all processes: shards are summed over them."""
+        args, objective = trainer.args, trainer.objective
+        model = inner_model(trainer.accelerator.unwrap_model(trainer.model))
+        losses = {
+            name: [LossTerm(term.name, term.weight) for term in objective.terms.get(name, [])]
+            for name in ("forget", "retain")
+        }
+        settings = {name: getattr(args, name) for name in _SETTINGS}
+        for terms in objective.terms.values():
+            settings.update({name: getattr(args, name) for term in terms for name in term.loss.settings})
+        if objective.reads_hidden:
+            settings["hidden_layer"] = args.hidden_layer
+        if objective.control_vectors is not None:
+            settings["steering_coefficient"] = args.steering_coefficient
+        runtimes = [entry["train_runtime"] for entry in trainer.state.log_history if "train_runtime" in entry]
+        return UnlearningReport(
+            tool_version=__version__,
+            base=BaseModel(
+                model_id=self.model_id,
+                revision=self.revision,
+                architecture=type(model).__name__.removeprefix("FSDP"),
+                model_type=model.config.model_type,
+                parameters=_base_parameters(trainer.model),
+                dtype=str(model.dtype).removeprefix("torch."),
+            ),
+            method=Method(
+                name="+".join(term.name for terms in losses.values() for term in terms),
+                forget_losses=losses["forget"],
+                retain_losses=losses["retain"],
+                scope=_scope(trainer),
+                reference=None if objective.reference is None else objective.reference.kind,
+                settings={name: _plain(value) for name, value in settings.items()},
+                seed=args.seed,
+                steps=trainer.state.global_step,
+            ),
+            data=self.data,
+            footprint=self.footprint(trainer),
+            metrics=Metrics(**copy.deepcopy(self.evaluations)),
+            environment=Environment(
+                python=platform.python_version(),
+                platform=f"{platform.system()} {platform.machine()}",
+                packages={name: version(name) for name in _PACKAGES},
+                device=torch.cuda.get_device_name() if args.device.type == "cuda" else args.device.type,
+                processes=args.world_size,
+                train_seconds=sum(runtimes) if runtimes else None,
+            ),
+        )
+
+    @torch.no_grad()
+    def footprint(self, trainer: "UnlearnTrainer") -> Footprint | None:
+        """
+        What changed, and by how much, one tensor at a time.
+
+        For an adapter it is the change of the base weights that merging would make. `None` for full fine-tuning
+        without a reference, which keeps no copy of the start.
+        """
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        if not self.is_adapter_fresh and self.initial is None:
+            return None
+        modules, squares = [], []
+        for name, before, after, parameters in self._changes(model):
+            sums = _compare(before, after)
+            if isinstance(after, DTensor):
+                sums = trainer.accelerator.reduce(sums, "sum")
+            delta, norm, changed, largest = sums.tolist()
+            if changed:
+                modules.append(
+                    ModuleFootprint(
+                        name=name,
+                        relative_norm=(delta / norm) ** 0.5 if norm else float(delta > 0),
+                        max_abs=largest,
+                        changed_parameters=int(changed),
+                        parameters=parameters,
+                    )
+                )
+                squares.append((delta, norm))
+        delta, norm = (sum(column) for column in zip(*squares, strict=True)) if squares else (0.0, 1.0)
+        return Footprint(
+            changed_parameters=sum(module.changed_parameters for module in modules),
+            total_parameters=_base_parameters(model),
+            relative_norm=(delta / norm) ** 0.5,
+            max_abs=max((module.max_abs for module in modules), default=0.0),
+            modules=modules,
+        )
+
+    def _changes(self, model: PreTrainedModel | PeftModel) -> Iterator[tuple[str, Tensor, Tensor, int]]:
+        """Name, value before, value after and size of every tensor that may have changed."""
+        if not isinstance(model, PeftModel):
+            for name, parameter in model.named_parameters():
+                if name in self.initial.values:
+                    before = self.initial.values[name].to(parameter.device)
+                    yield name, before, parameter.detach(), parameter.numel()
+            return
+        for name, module in inner_model(model).named_modules():
+            if isinstance(module, BaseTunerLayer):
+                after = _merged_weight(module)
+                if self.is_adapter_fresh:
+                    before = module.get_base_layer().weight
+                else:
+                    with self.initial.active(model):
+                        before = _merged_weight(module)
+                yield f"{name}.weight", before, after, after.numel()
+            elif isinstance(module, ModulesToSaveWrapper):
+                trained = module.modules_to_save[module.active_adapters[0]]
+                for key, parameter in trained.named_parameters():
+                    before = module.original_module.get_parameter(key)
+                    yield f"{name}.{key}", before, parameter, parameter.numel()
+
+
+def save_report(report: UnlearningReport, folder: str) -> None:
+    """Hashes the model's files in `folder` and writes the report and the card beside them."""
+    from hf_unlearn.cards.card import write_model_card
+
+    names = [name for name in sorted(os.listdir(folder)) if name in _MODEL_FILES or _is_shard(name)]
+    report.files = hash_files(folder, names)
+    report.save(os.path.join(folder, REPORT_NAME))
+    write_model_card(report, folder)
+
+
+def _hub_origin(name: str) -> tuple[str | None, str | None]:
+    """
+    Hub id and commit of a model loaded under `name`, where the local cache proves that it came from the Hub.
+
+    A folder's name is never taken for an id: it would publish a local path as the base model.
+    """
+    if not name or os.path.exists(name):
+        return None, None
+    try:
+        cached = try_to_load_from_cache(name, "config.json")
+    except HFValidationError:  # a path that no longer exists
+        return None, None
+    if not isinstance(cached, str):
+        return None, None
+    return name, os.path.basename(os.path.dirname(cached))
+
+
+def _is_shard(name: str) -> bool:
+    return name.startswith("model") and name.endswith(".safetensors")
+
+
+def _compare(before: Tensor, after: Tensor) -> Tensor:
+    """`(4,)` fp64: squared norm of the change, squared norm of the start, changed elements, largest change."""
+    if isinstance(after, DTensor):
+        after = after.to_local()
+    before, after = before.double(), after.double()
+    delta = after - before
+    return torch.stack([delta.square().sum(), before.square().sum(), (delta != 0).sum().double(), delta.abs().max()])
+
+
+def _merged_weight(layer: BaseTunerLayer) -> Tensor:
+    """The weight that merging the adapter would leave, computed on a copy of this one layer."""
+    layer = copy.deepcopy(layer)
+    layer.merge()
+    return layer.get_base_layer().weight
+
+
+def _trains_a_part(model: nn.Module) -> bool:
+    """Whether a copy of the trained tensors is small beside the model."""
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return trained <= sum(parameter.numel() for parameter in model.parameters()) / 2
+
+
+def _base_parameters(model: nn.Module) -> int:
+    """Parameters of the model without adapters."""
+    adapter = set()
+    for module in model.modules():
+        if isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper)):
+            names = module.adapter_layer_names
+            adapter.update(id(p) for name in names for p in getattr(module, name).parameters())
+    return sum(p.numel() for p in model.parameters() if id(p) not in adapter)
+
+
+def _scope(trainer: "UnlearnTrainer") -> Scope:
+    args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
+    kind, modules, layers, rank = "full", [], None, None
+    if isinstance(model, PeftModel):
+        config = model.active_peft_config
+        kind = "lora" if isinstance(config, LoraConfig) else "peft"
+        targets = config.target_modules
+        modules = [targets] if isinstance(targets, str) else sorted(targets)
+        if isinstance(config, LoraConfig):
+            rank = config.r
+            if config.layers_to_transform is not None:
+                chosen = config.layers_to_transform
+                layers = ",".join(str(layer) for layer in ([chosen] if isinstance(chosen, int) else chosen))
+    elif args.trainable_layers is not None or args.trainable_modules is not None:
+        kind, modules, layers = "selected", args.trainable_modules or [], args.trainable_layers
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return Scope(kind=kind, modules=modules, layers=layers, trainable_parameters=trained, rank=rank)
+
+
+def _summary(dataset: Dataset) -> DataSummary:
+    return DataSummary(rows=len(dataset), tokens=sum(len(row) for row in dataset["input_ids"]))
+
+
+def _plain(value: Any) -> Any:
+    """Enums of TrainingArguments as their text."""
+    return value.value if hasattr(value, "value") else value

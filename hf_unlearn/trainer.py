@@ -1,0 +1,503 @@
+"""`UnlearnTrainer`: paired batch → one redirected forward → losses → gradient → step."""
+
+import copy
+import json
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from datasets import Dataset
+from peft import PeftConfig, PeftModel
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
+from trl.trainer.utils import disable_dropout_in_model
+
+from .config import UnlearnConfig
+from .data import count_overlap, prepare_dataset, rows_of_topics, split_sets, topics_of
+from .forward import check_output_head, redirect_forward
+from .loading import check_model, complete_args, load_model, prepare_tokenizer, set_scope, warn_of_bf16_weights
+from .objective import Objective, count_items, score_rows
+from .pairing import DataCollatorForUnlearning, PairedDataset, PairingSampler
+from .recording import RunRecord, save_report
+from .reference import DisabledAdapter, InitialWeights, SeparateModel, adapter_can_be_disabled, inner_model
+
+
+logger = get_logger(__name__)
+
+# Beside the weights in a checkpoint: what the Trainer does not save
+STATE_NAME = "unlearning_state.safetensors"
+
+_NO_PUSH = (
+    "Pushing is not available yet: the Trainer's own push would upload half-unlearned checkpoints, local paths and "
+    "files that nothing has scanned for forget text. Save the model (trainer.save_model()) and check the folder "
+    "before you upload it."
+)
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss became NaN or infinite; the run stopped before it could save such weights."""
+
+
+class UnlearnTrainer(Trainer):
+    """
+    Trainer that makes a causal language model forget one data set and keep another.
+
+    It has the constructor of TRL's trainers plus `retain_dataset`: an SFT or DPO script becomes an unlearning script
+    by changing the two class names and adding that argument.
+
+    Args:
+        model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            A Hub id or folder, loaded with `args.model_init_kwargs`; a loaded model; or a model with an adapter, which
+            is trained further and whose start is the reference.
+        ref_model ([`~transformers.PreTrainedModel`], *optional*):
+            A second, frozen model to compare with. Usually left out: the reference needs none
+            (`args.reference_mode`).
+        args ([`UnlearnConfig`], *optional*):
+            Configuration. A plain [`~transformers.TrainingArguments`] is completed with the defaults.
+        data_collator (`Callable`, *optional*):
+            Defaults to [`~hf_unlearn.pairing.DataCollatorForUnlearning`].
+        train_dataset ([`~datasets.Dataset`]):
+            The forget set, in any format that [`~hf_unlearn.data.prepare_dataset`] lists. With a `label` column and no
+            `retain_dataset`, rows labelled `False` are forgotten and the others kept.
+        retain_dataset ([`~datasets.Dataset`], *optional*):
+            The retain set. Required unless `args.retain_loss` is `"none"`.
+        eval_dataset ([`~datasets.Dataset`] or `dict[str, Dataset]`, *optional*):
+            For example `{"forget": ..., "retain": ...}`; logged as `eval_forget_probability` and so on.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            Tokenizer. Defaults to the model's own.
+        compute_metrics (`Callable`, *optional*):
+            As in [`~transformers.Trainer`]: gets logits and labels, which costs `(rows, length, vocabulary)` memory.
+        callbacks (list of [`~transformers.TrainerCallback`], *optional*):
+            Callbacks.
+        optimizers (`tuple`, *optional*, defaults to `(None, None)`):
+            Optimizer and scheduler, as in [`~transformers.Trainer`].
+        quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
+            Quantization of a model given as `str`; needs a `peft_config`.
+        peft_config ([`~peft.PeftConfig`], *optional*):
+            Adapter to train. Without it and without `args.trainable_layers` or `args.trainable_modules`, all
+            parameters are trained.
+
+    Example:
+
+    ```python
+    from datasets import load_dataset
+    from peft import LoraConfig
+    from hf_unlearn import UnlearnConfig, UnlearnTrainer
+
+    trainer = UnlearnTrainer(
+        model="open-unlearning/tofu_Llama-3.2-1B-Instruct_full",
+        args=UnlearnConfig("out", forget_loss=["npo"], retain_loss=["kl"], learning_rate=2e-4),
+        train_dataset=load_dataset("locuslab/TOFU", "forget10", split="train"),
+        retain_dataset=load_dataset("locuslab/TOFU", "retain90", split="train"),
+        peft_config=LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"),
+    )
+    trainer.train()
+    trainer.save_model()
+    ```
+    """
+
+    # Losses are normalised by the counts of the whole optimizer step (`get_batch_samples`), so the Trainer must not
+    # divide again by the number of accumulation steps.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        ref_model: PreTrainedModel | None = None,
+        args: UnlearnConfig | TrainingArguments | None = None,
+        data_collator: Callable | None = None,
+        train_dataset: Dataset | None = None,
+        retain_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        quantization_config: Any | None = None,
+        peft_config: PeftConfig | None = None,
+    ):
+        args = complete_args(args, model)
+        if args.push_to_hub:
+            # Before `Trainer.__init__`, which creates the repository
+            raise ValueError(_NO_PUSH)
+        objective = Objective(args)
+        train_dataset, retain_dataset = split_sets(train_dataset, retain_dataset, args)
+
+        # Model. Adapters are initialised at random: the seed comes first.
+        set_seed(args.seed)
+        if isinstance(model, str):
+            if quantization_config is not None and peft_config is None:
+                raise ValueError("quantization_config needs a peft_config: quantized weights cannot be trained.")
+            model = load_model(model, args, quantization_config)
+        elif args.model_init_kwargs is not None or quantization_config is not None:
+            raise ValueError(
+                "model_init_kwargs and quantization_config apply to a model given as `str`, but the model is already "
+                "loaded: pass them to `from_pretrained`."
+            )
+        check_model(model, ref_model, peft_config, args)
+        tokenizer = prepare_tokenizer(processing_class, model, args)
+        is_sharded = inner_model(model).is_distributed_loading_by_transformers
+        if (objective.reads_logits or eval_dataset is not None) and not is_sharded:
+            check_output_head(inner_model(model))
+
+        # Scope
+        copied_model = None
+        if objective.reads_reference and args.reference_mode == "copy" and ref_model is None:
+            if is_sharded:
+                raise ValueError("reference_mode='copy' cannot copy a sharded model: load a second one as ref_model.")
+            copied_model = copy.deepcopy(model)
+        model = set_scope(model, peft_config, objective, args)
+        if args.disable_dropout:
+            disable_dropout_in_model(model)
+        warn_of_bf16_weights(model, args)
+
+        # Data
+        topics = topics_of(train_dataset, args)
+        retain_topics = None
+        if topics is not None and retain_dataset is not None and args.topic_column in retain_dataset.column_names:
+            retain_dataset, retain_topics = rows_of_topics(retain_dataset, topics, args), topics
+        forget = prepare_dataset(train_dataset, tokenizer, args, "forget", topics)
+        retain = None
+        if retain_dataset is not None:
+            retain = prepare_dataset(retain_dataset, tokenizer, args, "retain", retain_topics)
+            if overlap := count_overlap(forget, retain):
+                logger.warning(
+                    f"{overlap} of {len(forget)} forget rows also stand in the retain set: they are pushed both ways. "
+                    "Remove them from one of the two."
+                )
+        if eval_dataset is not None:
+            eval_dataset = _prepare_eval_dataset(eval_dataset, tokenizer, args)
+
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator or DataCollatorForUnlearning(pad_token_id=tokenizer.pad_token_id),
+            train_dataset=PairedDataset(forget, retain),
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        if args.n_gpu > 1:
+            raise ValueError(
+                "UnlearnTrainer does not support `nn.DataParallel`, which is used when one process sees several GPUs: "
+                "launch with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one GPU."
+            )
+
+        # Reference and control vectors
+        if objective.reads_reference:
+            objective.reference = self._make_reference(ref_model or copied_model, peft_config)
+        elif ref_model is not None:
+            logger.warning(f"ref_model is not used: no loss among {args.forget_loss + args.retain_loss} reads it.")
+        self._topics = topics or ["all"]
+        if "control_vector" in objective.all_reads:
+            objective.control_vectors = self._draw_control_vectors()
+        if args.topic_retain_weights is not None:
+            objective.topic_retain_weights = self._per_topic(args.topic_retain_weights, 1.0)
+        self.objective = objective
+
+        # Sums on the device since the last log, and whether every loss was finite; read when logging only
+        self._metrics: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=args.device))
+        self._metrics_steps = 0
+        self._is_finite = torch.ones((), dtype=torch.bool, device=args.device)
+        self._evaluation_rows: list[Tensor] = []
+        self.record = RunRecord(self.model, objective.reference, forget, retain)
+
+    # ---- Construction ----
+
+    def _make_reference(
+        self, separate_model: PreTrainedModel | None, peft_config: PeftConfig | None
+    ) -> DisabledAdapter | InitialWeights | SeparateModel:
+        if separate_model is not None:
+            if not inner_model(separate_model).is_distributed_loading_by_transformers:
+                separate_model = separate_model.to(self.args.device)
+            return SeparateModel(separate_model)
+        if self.args.reference_mode == "auto" and peft_config is not None and adapter_can_be_disabled(peft_config):
+            return DisabledAdapter()
+        if self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3:
+            raise ValueError(
+                "The initial weights cannot be swapped in under DeepSpeed ZeRO-3, which partitions them: use a fresh "
+                "peft_config, pass ref_model, or use ZeRO-2."
+            )
+        return InitialWeights(self.model)
+
+    def _per_topic(self, values: dict[str, Any], default: float) -> Tensor:
+        if unknown := set(values) - set(self._topics):
+            raise ValueError(
+                f"{len(unknown)} of the topics given weights are not among the {len(self._topics)} topics of the "
+                f"forget set (column {self.args.topic_column!r}): check their spelling."
+            )
+        return torch.tensor([float(values.get(topic, default)) for topic in self._topics], device=self.args.device)
+
+    def _draw_control_vectors(self) -> Tensor:
+        """`(topics, D)`: a unit vector from U[0, 1)^D for each topic, times its steering coefficient."""
+        generator = torch.Generator().manual_seed(self.args.seed)
+        hidden_size = inner_model(self.model).config.get_text_config().hidden_size
+        directions = torch.rand(len(self._topics), hidden_size, generator=generator)
+        directions = directions / directions.norm(dim=-1, keepdim=True)
+        coefficients = self._per_topic(self.args.topic_steering_coefficients or {}, self.args.steering_coefficient)
+        return directions.to(self.args.device) * coefficients.unsqueeze(-1)
+
+    # ---- Data ----
+
+    def _set_signature_columns_if_needed(self) -> None:
+        # Columns that `remove_unused_columns` leaves in place: the two sets of a pair, and those of an evaluation row.
+        if self._signature_columns is None:
+            self._signature_columns = ["forget", "retain", "input_ids", "labels", "topic"]
+
+    def _get_train_sampler(self, train_dataset: PairedDataset | None = None) -> PairingSampler:
+        dataset = train_dataset or self.train_dataset
+        args = self.args
+        has_topics = "topic" in dataset.forget.column_names
+        retain_has_topics = dataset.retain is not None and "topic" in dataset.retain.column_names
+        return PairingSampler(
+            num_forget=len(dataset.forget),
+            num_retain=0 if dataset.retain is None else len(dataset.retain),
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            shuffle=args.train_sampling_strategy == "random",
+            forget_topics=list(dataset.forget["topic"]) if has_topics else None,
+            retain_topics=list(dataset.retain["topic"]) if retain_has_topics else None,
+            step_size=self._train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        )
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list[dict], dict[str, dict[str, Tensor]]]:
+        """
+        Collects the micro-batches of one optimizer step and counts, over all of them and all processes, what the
+        losses are means over. The Trainer's own count reads flat `labels` only, and would be `None` here.
+        """
+        batches = []
+        for _ in range(num_batches):
+            try:
+                batches.append(next(epoch_iterator))
+            except StopIteration:
+                break
+        self._metrics_steps += 1
+        names = list(self.objective.terms)
+        counts = torch.stack([sum(count_items(batch[name]) for batch in batches) for name in names]).to(device)
+        if self.accelerator.num_processes > 1:
+            counts = self.accelerator.reduce(counts, "sum")
+        units = ("sequence", "token", "position")
+        return batches, {name: dict(zip(units, row, strict=True)) for name, row in zip(names, counts, strict=True)}
+
+    # ---- Loss ----
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, dict[str, Tensor]],
+        return_outputs: bool = False,
+        num_items_in_batch: dict[str, dict[str, Tensor]] | None = None,
+    ) -> Tensor:
+        unwrapped_model = self.accelerator.unwrap_model(model)
+        # Autocast is entered here: the accelerator puts it around the model's own forward, which is replaced.
+        with self.accelerator.autocast():
+            loss, metrics = redirect_forward(
+                model, unwrapped_model, self.objective.compute, unwrapped_model, inputs, num_items_in_batch
+            )
+        for name, value in metrics.items():
+            self._metrics[name] += value
+        self._is_finite &= loss.detach().isfinite()
+        # Each process normalised by the counts of all, and DDP averages gradients over processes.
+        return loss * self.accelerator.num_processes
+
+    # ---- Evaluation ----
+
+    def evaluate(
+        self,
+        eval_dataset: Dataset | dict[str, Dataset] | str | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """
+        Measures each set: `loss` (token-mean negative log-likelihood, nats), `probability` (mean over rows of
+        `P(answer | prompt)^(1 / tokens)`) and `rows`. Takes the formats that the constructor takes.
+
+        The first evaluation before any step is the report's "before", the last one after it is "after".
+        """
+        if isinstance(eval_dataset, Dataset):
+            eval_dataset = _prepare_eval_dataset(eval_dataset, self.processing_class, self.args)
+        elif isinstance(eval_dataset, dict):
+            metrics = {}
+            for name, rows in eval_dataset.items():
+                rows = prepare_dataset(rows, self.processing_class, self.args, name)
+                metrics.update(super().evaluate(rows, ignore_keys, f"{metric_key_prefix}_{name}"))
+            return metrics
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        # The Trainer averages batch means; rows are collected here instead, so that neither the batch size nor the
+        # number of processes changes a metric.
+        self._evaluation_rows = []
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        nll, tokens = torch.cat(self._evaluation_rows).double().unbind(-1)
+        metrics = {
+            "loss": (nll.sum() / tokens.sum()).item(),
+            "probability": torch.exp(-nll / tokens).mean().item(),
+            "rows": len(nll),
+        }
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+        self.record.add_evaluation(metric_key_prefix, metrics, step=self.state.global_step)
+        return output
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        inputs = self._prepare_inputs(inputs)
+        unwrapped_model = self.accelerator.unwrap_model(model)
+        with torch.no_grad(), self.accelerator.autocast():
+            rows, logits = redirect_forward(
+                model,
+                unwrapped_model,
+                score_rows,
+                self.objective.policy(unwrapped_model),
+                inputs,
+                not prediction_loss_only,
+            )
+        self._evaluation_rows.append(self.accelerator.gather_for_metrics(rows).cpu())
+        loss = rows[:, 0].sum() / rows[:, 1].sum()
+        return loss, logits, None if logits is None else inputs["labels"]
+
+    # ---- Logging ----
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:  # a training log, not an evaluation or the closing summary
+            logs.update(self._read_metrics())
+        self._require_finite()
+        super().log(logs, start_time)
+
+    def _read_metrics(self) -> dict[str, float]:
+        """Means per optimizer step since the last log. The one place where the training loop waits for the device."""
+        if not self._metrics:
+            return {}
+        values = torch.stack(list(self._metrics.values())).float()
+        values = self.accelerator.reduce(values, "sum")  # each process holds its part of the sums
+        metrics = dict(zip(self._metrics, (values / self._metrics_steps).tolist(), strict=True))
+        self._metrics.clear()
+        self._metrics_steps = 0
+        return metrics
+
+    def _require_finite(self) -> None:
+        """Stops when a loss since the last check was NaN or infinite, on all processes alike."""
+        if not self.is_in_train or bool(self.accelerator.gather(self._is_finite.unsqueeze(0)).all()):
+            return
+        checkpoint = self.record.last_checkpoint
+        kept = f"the last good checkpoint is {checkpoint}" if checkpoint else "no checkpoint had been saved yet"
+        raise NonFiniteLossError(
+            f"The loss became NaN or infinite by step {self.state.global_step}; {kept}. Lower the learning rate, "
+            "raise beta or a retain weight, or clip gradients (max_grad_norm)."
+        )
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        # The Trainer's estimate assumes one full forward and a gradient for every parameter: neither holds here.
+        return 0
+
+    # ---- Checkpoints and the saved model ----
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._require_finite()
+        super()._save_checkpoint(model, trial)
+        folder = os.path.join(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
+        if self.args.should_save:
+            tensors = (
+                {}
+                if self.objective.control_vectors is None
+                else {"control_vectors": self.objective.control_vectors.cpu()}
+            )
+            # safetensors refuses an empty file on some versions
+            tensors["step"] = torch.tensor(self.state.global_step)
+            save_file(tensors, os.path.join(folder, STATE_NAME), metadata={"record": json.dumps(self._state())})
+        self.record.last_checkpoint = folder
+
+    def _state(self) -> dict[str, Any]:
+        swapped = isinstance(self.objective.reference, InitialWeights)
+        return {
+            "reference": self.objective.reference.fingerprint() if swapped else None,
+            "evaluations": self.record.evaluations,
+        }
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        path = os.path.join(resume_from_checkpoint, STATE_NAME)
+        if not os.path.isfile(path):
+            raise ValueError(
+                f"{resume_from_checkpoint} is not a checkpoint of an UnlearnTrainer: it has no {STATE_NAME}."
+            )
+        with safe_open(path, framework="pt") as file:
+            state = json.loads(file.metadata()["record"])
+            if self.objective.control_vectors is not None:
+                self.objective.control_vectors = file.get_tensor("control_vectors").to(self.args.device)
+        if state["reference"] != self._state()["reference"]:
+            raise ValueError(
+                f"The model given is not the one that {resume_from_checkpoint} started from, so its weights cannot "
+                "serve as the reference: construct the trainer with the original model, as in the first run."
+            )
+        self.record.evaluations = state["evaluations"]
+        self.record.last_checkpoint = resume_from_checkpoint
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        # The Trainer pickles its arguments beside the weights, tokens included. They are taken out before, and the
+        # pickle, which nothing reads, after.
+        secrets = {"hub_token": self.args.hub_token, "model_init_kwargs": self.args.model_init_kwargs}
+        self.args.hub_token, self.args.model_init_kwargs = None, None
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            for name, value in secrets.items():
+                setattr(self.args, name, value)
+        pickle = os.path.join(output_dir or self.args.output_dir, "training_args.bin")
+        if self.args.should_save and os.path.isfile(pickle):
+            os.remove(pickle)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """
+        Saves the model, `unlearning_report.json` and the model card, loadable with `from_pretrained`.
+
+        Args:
+            output_dir (`str`, *optional*): folder. Defaults to `args.output_dir`.
+        """
+        super().save_model(output_dir, _internal_call)
+        if not _internal_call:
+            self._save_report(output_dir or self.args.output_dir)
+
+    def _save_report(self, folder: str) -> None:
+        try:
+            report = self.record.report(self)  # all processes: shards are summed over them
+            if self.args.should_save:
+                save_report(report, folder)
+        except Exception:  # a bug in the card must not cost a trained model, which is on disk by now
+            logger.exception(f"The model is saved in {folder}, but its report and card could not be written.")
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Writes the report and the card into `args.output_dir`, in place of the Trainer's own card."""
+        self._save_report(self.args.output_dir)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> None:
+        raise ValueError(_NO_PUSH)
+
+
+def _prepare_eval_dataset(
+    eval_dataset: Dataset | dict[str, Dataset], tokenizer: PreTrainedTokenizerBase, args: UnlearnConfig
+) -> Dataset | dict[str, Dataset]:
+    if isinstance(eval_dataset, dict):
+        return {name: prepare_dataset(rows, tokenizer, args, name) for name, rows in eval_dataset.items()}
+    return prepare_dataset(eval_dataset, tokenizer, args, "evaluation")
