@@ -57,9 +57,11 @@ def expected_files():
 
 
 def run(*command, cwd=None):
-    print("+", *command, flush=True)
-    if subprocess.run([str(part) for part in command], cwd=cwd, stdin=subprocess.DEVNULL).returncode:
-        sys.exit(f"error: `{' '.join(map(str, command))}` failed.")
+    command = [str(part) for part in command]
+    line = " ".join(part if "\n" not in part else "'...'" for part in command)
+    print("+", line, flush=True)
+    if subprocess.run(command, cwd=cwd, stdin=subprocess.DEVNULL).returncode:
+        sys.exit(f"error: `{line}` failed.")
 
 
 def main():

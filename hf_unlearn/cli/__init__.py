@@ -11,3 +11,72 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+"""
+The command line: `hf-unlearn COMMAND ...`, one file per command.
+
+Only the chosen command's file is imported, and heavy imports stay inside functions. Results go to stdout, all else to
+stderr. Exit codes: 0 done, 1 failed, 2 the command was not understood or its inputs do not fit.
+"""
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Callable
+
+from hf_unlearn._version import __version__
+
+
+COMMANDS = {
+    "quickstart": "make a small model that knows invented people, and make it forget some of them (no network)",
+    "train": "make a model forget one data set and keep another",
+}
+
+
+class UsageError(Exception):
+    """The command was not understood, or its inputs do not fit: one sentence that names the fix, exit code 2."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of the `hf-unlearn` console script; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        width = max(len(name) for name in COMMANDS)
+        print("usage: hf-unlearn COMMAND [arguments]\n")
+        print("Make a language model forget and resist, measure what is left, and release it.\n\ncommands:")
+        for name, summary in COMMANDS.items():
+            print(f"  {name:<{width}}  {summary}")
+        print("\n`hf-unlearn COMMAND --help` lists the arguments of a command.")
+        return 0
+    if argv[0] == "--version":
+        print(f"hf-unlearn {__version__}")
+        return 0
+    name = argv[0]
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f" Did you mean `{near[0]}`?" if near else f" Commands: {', '.join(COMMANDS)}."
+        print(f"Error: `{name}` is not a command.{hint}", file=sys.stderr)
+        return 2
+    return run(importlib.import_module(f"hf_unlearn.cli.{name}").main, argv[1:])
+
+
+def run(command: Callable[[list[str]], int], argv: list[str]) -> int:
+    """
+    Runs a command and turns what it raises into one sentence on stderr and an exit code.
+
+    Set `HF_DEBUG=1`, as for `hf`, to see the traceback.
+    """
+    try:
+        return command(argv)
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if os.environ.get("HF_DEBUG"):
+            raise
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # once, not once per process
+            message = " ".join(str(error).split()) or type(error).__name__
+            print(f"Error: {message}", file=sys.stderr)
+            if not isinstance(error, UsageError):
+                print("Set HF_DEBUG=1 to see the traceback.", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
