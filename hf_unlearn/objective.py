@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .config import UnlearnConfig
-from .forward import Decoder, gather_predicting, token_kl, token_log_probs
+from .forward import Decoder, gather_predicting, redirect_forward, token_kl, token_log_probs
 from .losses import FORGET_LOSSES, HIDDEN_READS, REFERENCE_READS, RETAIN_LOSSES, Loss
 from .reference import Reference, SeparateModel, inner_model
 
@@ -135,30 +135,34 @@ class Objective:
         """What the losses read of the frozen model, for both sets in one go."""
         if self.reference is None:
             return {}
-        outputs: dict[str, Tensors] = {}
+        if isinstance(self.reference, SeparateModel):
+            original = self.reference.model  # never in training mode
+            return redirect_forward(original, original, self._read_reference, inner_model(original), inputs)
         with self.reference.active(model) as original, self._without_dropout(original):
-            if self._original is None or self._original.model is not original:
-                self._original = self._decoder(original)
-            decoder = self._original
-            for set_name, reads in self.reads.items():
-                if not reads & REFERENCE_READS:
-                    continue
-                batch, tensors = inputs[set_name], {}
-                output = decoder.run(
-                    batch,
-                    hidden_states="reference_hidden_states" in reads,
-                    last_hidden_state=bool(reads & {"reference_log_probs", "token_kl"}),
-                )
-                if "reference_hidden_states" in reads:
-                    tensors["reference_hidden_states"] = output.hidden_states
-                if output.last_hidden_state is not None:
-                    hidden = gather_predicting(output.last_hidden_state, batch["label_index"])
-                    if "reference_log_probs" in reads:
-                        tensors["reference_log_probs"] = token_log_probs(decoder.head, hidden, batch)
-                    if "token_kl" in reads:
-                        # The hidden states say enough, unless the head itself moves: then its logits are kept, whole
-                        tensors["distribution"] = decoder.head(hidden) if self._head_moves(decoder) else hidden
-                outputs[set_name] = tensors
+            return self._read_reference(original, inputs)
+
+    def _read_reference(self, original: PreTrainedModel, inputs: dict[str, Tensors]) -> dict[str, Tensors]:
+        if self._original is None or self._original.model is not original:
+            self._original = self._decoder(original)
+        decoder, outputs = self._original, {}
+        for set_name, reads in self.reads.items():
+            if not reads & REFERENCE_READS:
+                continue
+            batch, tensors = inputs[set_name], {}
+            output = decoder.run(
+                batch,
+                hidden_states="reference_hidden_states" in reads,
+                last_hidden_state=bool(reads & {"reference_log_probs", "token_kl"}),
+            )
+            if "reference_hidden_states" in reads:
+                tensors["reference_hidden_states"] = output.hidden_states
+            if output.last_hidden_state is not None:
+                hidden = gather_predicting(output.last_hidden_state, batch["label_index"])
+                if "reference_log_probs" in reads:
+                    tensors["reference_log_probs"] = token_log_probs(decoder.head, hidden, batch)
+                if "token_kl" in reads:
+                    tensors["distribution"] = decoder.head(hidden) if self._keeps_logits(decoder) else hidden
+            outputs[set_name] = tensors
         return outputs
 
     def _run_policy(self, model: nn.Module, batch: Tensors, reads: set[str], original: Tensors) -> Tensors:
@@ -177,13 +181,19 @@ class Objective:
             if "log_probs" in reads:
                 tensors["log_probs"] = token_log_probs(decoder.head, hidden, batch)
             if "token_kl" in reads:
-                reference_head = _identity if self._head_moves(decoder) else self._original.head
+                reference_head = _identity if self._keeps_logits(self._original) else self._original.head
                 tensors["token_kl"] = token_kl(decoder.head, hidden, reference_head, original["distribution"], batch)
         return tensors
 
-    def _head_moves(self, decoder: Decoder) -> bool:
-        """Whether the reference's head is the policy's, and trained: outside `active` it is then another."""
-        return not isinstance(self.reference, SeparateModel) and decoder.head.is_trained
+    def _keeps_logits(self, decoder: Decoder) -> bool:
+        """
+        Whether the reference's distribution is kept as `(N, V)` logits. Its hidden states say as much, and the head
+        turns them into logits chunk by chunk later, unless that head will be another by then (it is trained, and
+        swapped out again) or out of reach (sharded, outside its own model's forward).
+        """
+        if isinstance(self.reference, SeparateModel):
+            return decoder.head.is_sharded
+        return decoder.head.is_trained
 
     def _without_dropout(self, model: nn.Module) -> Any:
         return nullcontext() if self.args.disable_dropout else _evaluation_mode(model)

@@ -184,11 +184,14 @@ class RunRecord:
         What changed, and by how much, one tensor at a time.
 
         For an adapter it is the change of the base weights that merging would make. `None` for full fine-tuning
-        without a reference, which keeps no copy of the start.
+        without a reference, which keeps no copy of the start, and for a sharded model with another adapter than LoRA.
         """
         model = trainer.accelerator.unwrap_model(trainer.model)
         if not self.is_adapter_fresh and self.initial is None:
             return None
+        if isinstance(model, PeftModel) and not isinstance(model.active_peft_config, LoraConfig):
+            if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+                return None
         modules, squares = [], []
         for name, before, after, parameters in self._changes(model):
             sums = _compare(before, after)
@@ -227,7 +230,7 @@ class RunRecord:
             if isinstance(module, BaseTunerLayer):
                 after = _merged_weight(module)
                 if self.is_adapter_fresh:
-                    before = module.get_base_layer().weight
+                    before = _whole(module.get_base_layer().weight)
                 else:
                     with self.initial.active(model):
                         before = _merged_weight(module)
@@ -281,9 +284,16 @@ def _compare(before: Tensor, after: Tensor) -> Tensor:
 
 def _merged_weight(layer: BaseTunerLayer) -> Tensor:
     """The weight that merging the adapter would leave, computed on a copy of this one layer."""
+    weight = layer.get_base_layer().weight
+    if isinstance(weight, DTensor):  # cannot be copied
+        return weight.full_tensor() + layer.get_delta_weight(layer.active_adapters[0])
     layer = copy.deepcopy(layer)
     layer.merge()
     return layer.get_base_layer().weight
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _trains_a_part(model: nn.Module) -> bool:

@@ -20,8 +20,9 @@ The frozen model that losses compare with, without a second model in memory.
 | [`InitialWeights`] | one copy of the *trained* tensors | selected layers, a received `PeftModel`, full fine-tuning |
 | [`SeparateModel`] | a second model | on request, or a `ref_model` |
 
-Each has `active(model)`, a context in which the yielded model computes what the original did. Run the reference before
-the policy: its swap must not fall between a policy forward and the backward that needs the same weights.
+The first two have `active(model)`, a context in which the yielded model computes what the original did; the third has
+the `model`. Run the reference before the policy: its swap must not fall between a policy forward and the backward that
+needs the same weights.
 """
 
 import hashlib
@@ -99,12 +100,7 @@ class InitialWeights:
             for name, parameter in model.named_parameters()
             if parameter.requires_grad
         }
-        self._bound_model: nn.Module | None = None
         self._parameters: list[nn.Parameter] = []
-
-    @property
-    def numel(self) -> int:
-        return sum(value.numel() for value in self.values.values())
 
     def fingerprint(self) -> str:
         """A hash of up to 4096 evenly spaced elements of each tensor: tells another starting model, cheaply."""
@@ -116,9 +112,15 @@ class InitialWeights:
             digest.update(sample.to("cpu", torch.float64).numpy().tobytes())
         return digest.hexdigest()
 
-    def _bind(self, model: nn.Module) -> None:
-        """Finds the parameters by name, once per model object (accelerate's FSDP2 replaces them when it shards)."""
-        if self._bound_model is model:
+    def bind(self, model: nn.Module) -> None:
+        """
+        Finds the parameters by name, once per set of parameters: accelerate replaces them when it shards for FSDP2.
+
+        Raises:
+            `ValueError`: under FSDP2, a tensor is sharded where a swap would not reach the forward.
+        """
+        first = next(iter(self.values))
+        if self._parameters and self._parameters[0] is model.get_parameter(first):
             return
         parameters = dict(model.named_parameters())
         self._parameters = [parameters[name] for name in self.values]
@@ -127,11 +129,10 @@ class InitialWeights:
                 value = distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
             self.values[name] = _local(value).to(parameter.device)
         self._sharded_groups = _fsdp_groups(model, list(self.values))
-        self._bound_model = model
 
     @contextmanager
     def active(self, model: PreTrainedModel | PeftModel) -> Iterator[PreTrainedModel]:
-        self._bind(model)
+        self.bind(model)
         self._exchange()
         try:
             yield inner_model(model)
@@ -164,10 +165,6 @@ class SeparateModel:
 
     def __init__(self, model: PreTrainedModel | PeftModel):
         self.model = model.eval().requires_grad_(False)
-
-    @contextmanager
-    def active(self, model: nn.Module) -> Iterator[PreTrainedModel]:
-        yield inner_model(self.model)
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from peft import PeftConfig, PeftModel
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -22,7 +23,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
+from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutput
 from trl.trainer.utils import disable_dropout_in_model
 
 from .config import UnlearnConfig
@@ -214,6 +215,7 @@ class UnlearnTrainer(Trainer):
         self._metrics: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=args.device))
         self._metrics_steps = 0
         self._is_finite = torch.ones((), dtype=torch.bool, device=args.device)
+        self._last_batch: tuple | None = None
         self._evaluation_rows: list[Tensor] = []
         self.record = RunRecord(self.model, objective.reference, forget, retain)
 
@@ -233,7 +235,9 @@ class UnlearnTrainer(Trainer):
                 "The initial weights cannot be swapped in under DeepSpeed ZeRO-3, which partitions them: use a fresh "
                 "peft_config, pass ref_model, or use ZeRO-2."
             )
-        return InitialWeights(self.model)
+        reference = InitialWeights(self.model)
+        reference.bind(self.model)  # refuses what it cannot swap before the first step
+        return reference
 
     def _per_topic(self, values: dict[str, Any], default: float) -> Tensor:
         if unknown := set(values) - set(self._topics):
@@ -304,17 +308,30 @@ class UnlearnTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: dict[str, dict[str, Tensor]] | None = None,
     ) -> Tensor:
-        unwrapped_model = self.accelerator.unwrap_model(model)
-        # Autocast is entered here: the accelerator puts it around the model's own forward, which is replaced.
-        with self.accelerator.autocast():
-            loss, metrics = redirect_forward(
-                model, unwrapped_model, self.objective.compute, unwrapped_model, inputs, num_items_in_batch
-            )
+        loss, metrics = self._compute_objective(model, inputs, num_items_in_batch)
         for name, value in metrics.items():
             self._metrics[name] += value
         self._is_finite &= loss.detach().isfinite()
+        self._last_batch = (inputs, num_items_in_batch)
         # Each process normalised by the counts of all, and DDP averages gradients over processes.
         return loss * self.accelerator.num_processes
+
+    def _compute_objective(
+        self, model: nn.Module, inputs: dict[str, dict[str, Tensor]], num_items: dict[str, dict[str, Tensor]]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        unwrapped_model = self.accelerator.unwrap_model(model)
+        return self._redirect(model, self.objective.compute, unwrapped_model, inputs, num_items)
+
+    def _redirect(self, model: nn.Module, method: Callable, *args: Any) -> Any:
+        """Runs `method` as the forward of the wrapped model."""
+        unwrapped_model = self.accelerator.unwrap_model(model)
+        inner = inner_model(unwrapped_model)
+        if isinstance(inner, FSDPModule):
+            # Sharded when it was loaded, and the adapter put around it: the root of FSDP2 is the model inside
+            model = unwrapped_model = inner
+        # Autocast is entered here: the accelerator puts it around the model's own forward, which is replaced.
+        with self.accelerator.autocast():
+            return redirect_forward(model, unwrapped_model, method, *args)
 
     # ---- Evaluation ----
 
@@ -363,16 +380,9 @@ class UnlearnTrainer(Trainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         inputs = self._prepare_inputs(inputs)
-        unwrapped_model = self.accelerator.unwrap_model(model)
-        with torch.no_grad(), self.accelerator.autocast():
-            rows, logits = redirect_forward(
-                model,
-                unwrapped_model,
-                score_rows,
-                self.objective.policy(unwrapped_model),
-                inputs,
-                not prediction_loss_only,
-            )
+        decoder = self.objective.policy(self.accelerator.unwrap_model(model))
+        with torch.no_grad():
+            rows, logits = self._redirect(model, score_rows, decoder, inputs, not prediction_loss_only)
         self._evaluation_rows.append(self.accelerator.gather_for_metrics(rows).cpu())
         loss = rows[:, 0].sum() / rows[:, 1].sum()
         return loss, logits, None if logits is None else inputs["labels"]
@@ -382,7 +392,7 @@ class UnlearnTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:  # a training log, not an evaluation or the closing summary
             logs.update(self._read_metrics())
-        self._require_finite()
+            self._require_finite()
         super().log(logs, start_time)
 
     def _read_metrics(self) -> dict[str, float]:
@@ -397,15 +407,25 @@ class UnlearnTrainer(Trainer):
         return metrics
 
     def _require_finite(self) -> None:
-        """Stops when a loss since the last check was NaN or infinite, on all processes alike."""
-        if not self.is_in_train or bool(self.accelerator.gather(self._is_finite.unsqueeze(0)).all()):
+        """Stops when a loss since the start was NaN or infinite, on all processes alike."""
+        if bool(self.accelerator.gather(self._is_finite.unsqueeze(0)).all()):
             return
         checkpoint = self.record.last_checkpoint
         kept = f"the last good checkpoint is {checkpoint}" if checkpoint else "no checkpoint had been saved yet"
         raise NonFiniteLossError(
             f"The loss became NaN or infinite by step {self.state.global_step}; {kept}. Lower the learning rate, "
-            "raise beta or a retain weight, or clip gradients (max_grad_norm)."
+            "raise a retain weight, or clip gradients (max_grad_norm)."
         )
+
+    @torch.no_grad()
+    def _require_finite_after_update(self) -> None:
+        """Computes the last micro-batch's loss again: the update after it may be the one that broke the weights."""
+        if self._last_batch is not None:
+            self.model_wrapped.eval()  # dropout would draw random numbers
+            loss, _ = self._compute_objective(self.model_wrapped, *self._last_batch)
+            self.model_wrapped.train()
+            self._is_finite &= loss.isfinite()
+        self._require_finite()
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         # The Trainer's estimate assumes one full forward and a gradient for every parameter: neither holds here.
@@ -413,8 +433,14 @@ class UnlearnTrainer(Trainer):
 
     # ---- Checkpoints and the saved model ----
 
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        result = super().train(*args, **kwargs)
+        self._require_finite_after_update()
+        self._last_batch = None
+        return result
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        self._require_finite()
+        self._require_finite_after_update()
         super()._save_checkpoint(model, trial)
         folder = os.path.join(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
         if self.args.should_save:

@@ -36,7 +36,7 @@ from hf_unlearn import UnlearnConfig, UnlearnTrainer
 class Run:
     """What is trained and how it is laid out. Every layout has 4 pairs in an optimizer step."""
 
-    case: str  # "npo" (NPO + KL, LoRA) or "rmu" (RMU + hidden MSE, selected layers)
+    case: str  # a key of CASES
     optim: str
     learning_rate: float
     per_device_train_batch_size: int
@@ -46,11 +46,18 @@ class Run:
     resume: bool = False
     max_steps: int = 4
     world_size: int = 1
+    lora_alpha: float = 4
     overrides: dict = field(default_factory=dict)
 
 
 CASES = {
-    "npo": {"forget_loss": ["npo"], "retain_loss": ["kl"]},
+    "npo": {"forget_loss": ["npo"], "retain_loss": ["kl"]},  # with LoRA
+    "npo_layers": {
+        "forget_loss": ["npo"],
+        "retain_loss": ["kl"],
+        "trainable_layers": "1-3",
+        "trainable_modules": ["mlp.down_proj"],
+    },
     "rmu": {
         "forget_loss": ["rmu"],
         "retain_loss": ["hidden_mse"],
@@ -70,7 +77,7 @@ def make_trainer(run: Run, data: str, output_dir: str, max_steps: int) -> Unlear
     set_seed(0)
     peft_config = None
     if run.case == "npo":
-        peft_config = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=4, lora_alpha=4)
+        peft_config = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=4, lora_alpha=run.lora_alpha)
     args = UnlearnConfig(
         output_dir,
         use_cpu=True,
@@ -80,7 +87,6 @@ def make_trainer(run: Run, data: str, output_dir: str, max_steps: int) -> Unlear
         gradient_accumulation_steps=run.gradient_accumulation_steps,
         activation_checkpointing=run.activation_checkpointing,
         optim=run.optim,
-        adam_epsilon=1e-6,
         learning_rate=run.learning_rate,
         lr_scheduler_type="constant",
         max_grad_norm=0.0,
@@ -89,7 +95,7 @@ def make_trainer(run: Run, data: str, output_dir: str, max_steps: int) -> Unlear
         save_steps=2,
         max_length=128,
         disable_tqdm=True,
-        **{**CASES[run.case], **run.overrides},
+        **{"adam_epsilon": 1e-6, **CASES[run.case], **run.overrides},
     )
     return UnlearnTrainer(
         AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),

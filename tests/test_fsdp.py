@@ -1,0 +1,108 @@
+# Copyright 2026 The hf-unlearn authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""FSDP2 on two CPU processes trains what one process trains, with every kind of reference that it supports."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+
+WORKER = Path(__file__).parent / "distributed" / "fsdp_worker.py"
+
+SELECTED = {"trainable_layers": "1-2", "trainable_modules": ["mlp.down_proj"]}
+NPO = {"forget_loss": ["npo"], "retain_loss": ["kl", "nll"], "learning_rate": 0.02}
+RMU = {"forget_loss": ["rmu"], "retain_loss": ["hidden_mse"], "hidden_layer": 2, "learning_rate": 1.0}
+
+RUNS = {
+    "rmu, truncated, swapped": {"settings": {**RMU, **SELECTED}},
+    "npo, swapped": {"settings": {**NPO, **SELECTED}},
+    "npo, second sharded model": {"settings": {**NPO, **SELECTED}, "separate_reference": True},
+    # Weights, step and scale of the invariance table: both factors move, and the trajectory is not chaotic
+    "npo, lora": {
+        "settings": {
+            "forget_loss_weights": [0.03],
+            "retain_loss": ["kl"],
+            "retain_loss_weights": [0.003],
+            "learning_rate": 590.0,
+        },
+        "lora": True,
+    },
+    # The final norm is sharded with the head in a group that stays gathered: a swap would not reach the forward.
+    "npo, norm": {"settings": {**NPO, "trainable_modules": ["model.norm"]}, "refused": True},
+}
+
+
+def specification(folder: Path, data_dir: Path, sharded: bool) -> Path:
+    folder.mkdir()
+    defaults = {"separate_reference": False, "lora": False, "refused": False}
+    runs = [{"name": name, **defaults, **options} for name, options in RUNS.items()]
+    if not sharded:
+        runs = [run for run in runs if not run["refused"]]
+    spec = folder / "spec.json"
+    spec.write_text(json.dumps({"runs": runs, "data": str(data_dir), "output": str(folder), "sharded": sharded}))
+    return spec
+
+
+@pytest.fixture(scope="module")
+def folders(data_dir, tmp_path_factory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("fsdp")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    for name, launcher in (("one", [sys.executable]), ("two", torchrun)):
+        spec = specification(root / name, data_dir, sharded=name == "two")
+        result = subprocess.run(
+            [*launcher, str(WORKER), str(spec)],
+            capture_output=True,
+            text=True,
+            timeout=600,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        assert result.returncode == 0, result.stderr[-4000:]
+    return {"one": root / "one", "two": root / "two"}
+
+
+def load(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    with safe_open(path, framework="pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
+
+
+@pytest.mark.parametrize("name", [name for name, options in RUNS.items() if not options.get("refused")])
+def test_sharded_training_equals_one_process(folders, name):
+    expected, expected_record = load(folders["one"] / name)
+    actual, actual_record = load(folders["two"] / name)
+    ends = [key for key in expected if key.startswith("end/")]
+    assert ends
+    for end in ends:
+        start = expected[end.replace("end/", "start/")]
+        moved = (expected[end] - start).norm()
+        assert moved > 0.01 * start.norm(), end
+        assert (actual[end] - expected[end]).norm() <= 1e-5 * moved, end
+    for mine, theirs in zip(json.loads(actual_record["log"]), json.loads(expected_record["log"]), strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+    # The footprint is summed over shards
+    mine, theirs = float(actual_record["relative_norm"]), float(expected_record["relative_norm"])
+    assert mine == pytest.approx(theirs, rel=1e-5)
+
+
+def test_swap_outside_the_layers_is_refused(folders):
+    message = (folders["two"] / "npo, norm.error").read_text()
+    assert message == (
+        "The reference of 'model.norm.weight' cannot be swapped in under FSDP2: it is sharded outside the decoder "
+        "layers. Train decoder layers only (trainable_layers), use a fresh peft_config, or pass ref_model."
+    )
