@@ -52,6 +52,18 @@ class NonFiniteLossError(RuntimeError):
     """The loss became NaN or infinite; the run stopped before it could save such weights."""
 
 
+class _NoInputGradients(TrainerCallback):
+    """
+    Keeps frozen layers out of the backward pass under activation checkpointing.
+
+    transformers makes the embedding's output require a gradient when it enables checkpointing, which only reentrant
+    checkpoints need (they are refused): all frozen layers below the trained ones would be run and differentiated again.
+    """
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
+        inner_model(model).disable_input_require_grads()
+
+
 class UnlearnTrainer(Trainer):
     """
     Trainer that makes a causal language model forget one data set and keep another.
@@ -85,6 +97,10 @@ class UnlearnTrainer(Trainer):
             Callbacks.
         optimizers (`tuple`, *optional*, defaults to `(None, None)`):
             Optimizer and scheduler, as in [`~transformers.Trainer`].
+        optimizer_cls_and_kwargs (`tuple`, *optional*):
+            Optimizer class and its arguments, as in [`~transformers.Trainer`].
+        preprocess_logits_for_metrics (`Callable`, *optional*):
+            As in [`~transformers.Trainer`], for `compute_metrics`.
         quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
             Quantization of a model given as `str`; needs a `peft_config`.
         peft_config ([`~peft.PeftConfig`], *optional*):
@@ -127,6 +143,8 @@ class UnlearnTrainer(Trainer):
         compute_metrics: Callable[[EvalPrediction], dict] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
         quantization_config: Any | None = None,
         peft_config: PeftConfig | None = None,
     ):
@@ -190,8 +208,10 @@ class UnlearnTrainer(Trainer):
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
             compute_metrics=compute_metrics,
-            callbacks=callbacks,
+            callbacks=[_NoInputGradients(), *(callbacks or [])],
             optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
         if args.n_gpu > 1:
             raise ValueError(

@@ -166,6 +166,8 @@ class ArgumentParser(TrlParser):
     def _unknown(self, arguments: list[str]) -> NoReturn:
         flags = {option.lstrip("-").replace("-", "_") for action in self._actions for option in action.option_strings}
         name = arguments[0].split("=")[0].lstrip("-").replace("-", "_")
+        if name.removeprefix("no_") in flags:
+            raise UsageError(f"Unknown argument `{arguments[0]}`: write `--{name.removeprefix('no_')} false`.")
         raise UsageError(f"Unknown argument `{arguments[0]}`.{_near(name, flags)}")
 
 
