@@ -14,6 +14,7 @@
 """The configuration of a run, on `TrainingArguments`."""
 
 import json
+import math
 import types
 import typing
 from dataclasses import dataclass, field, fields
@@ -73,7 +74,7 @@ class UnlearnConfig(TrainingArguments):
             Whether to compute losses on the completion only. If `None` (default), that is so for data with prompt and
             completion, and the whole text counts for text.
         assistant_only_loss (`bool`, *optional*, defaults to `False`):
-            Whether to compute losses on the assistant's turns of conversations only.
+            Whether to compute losses on the assistant's turns of conversations only. Ignored for plain text.
         topic_column (`str`, *optional*):
             Column of the forget set (and, where it has it, of the retain set) that names a topic. Topics alternate
             from step to step, each with its own control vector and weights.
@@ -90,7 +91,8 @@ class UnlearnConfig(TrainingArguments):
         forget_loss_weights (`list[float]`, *optional*):
             Weight of each forget loss. 1 where unset.
         retain_loss (`list[str]`, *optional*, defaults to `["kl"]`):
-            What to keep: names from `hf_unlearn.RETAIN_LOSSES` (`"nll"`, `"kl"`, `"hidden_mse"`), or `"none"`.
+            What to keep: names from `hf_unlearn.RETAIN_LOSSES` (`"nll"`, `"kl"`, `"hidden_mse"`), summed with
+            `retain_loss_weights`, or `"none"`.
         retain_loss_weights (`list[float]`, *optional*):
             Weight of each retain loss. 1 where unset.
         beta (`float`, *optional*, defaults to `0.1`):
@@ -107,7 +109,8 @@ class UnlearnConfig(TrainingArguments):
             `peft_config` leaves the base weights alone, else the initial values of the trained tensors, swapped in.
             `"swap"`: always the latter. `"copy"`: a second model.
         precompute_ref_log_probs (`bool`, *optional*, defaults to `False`):
-            TRL's option to compute the reference log-probabilities once. Not supported yet.
+            TRL's option to compute the reference log-probabilities once. Not supported yet: the reference runs in
+            every step.
 
         > Refused, with the replacement named
 
@@ -119,7 +122,6 @@ class UnlearnConfig(TrainingArguments):
     > [!NOTE]
     > These parameters have default values different from [`~transformers.TrainingArguments`]:
     > - `logging_steps`: Defaults to `10` instead of `500`.
-    > - `activation_checkpointing`: Defaults to `True` instead of `False`, as TRL's `gradient_checkpointing`.
     > - `bf16`: Defaults to `True` if `fp16` is not set and the GPU supports it, instead of `False`.
     > - `learning_rate`: Defaults to `1e-5` instead of `5e-5`.
     > - `logging_nan_inf_filter`: Defaults to `False` instead of `True`: a loss that is not finite ends the run.
@@ -138,13 +140,6 @@ class UnlearnConfig(TrainingArguments):
         metadata={
             "help": "Log every X updates steps. Should be an integer or a float in range `[0,1)`. If smaller than 1, "
             "will be interpreted as ratio of total training steps."
-        },
-    )
-    activation_checkpointing: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Whether to recompute activations in the backward pass: less memory, about 20 %% slower. Defaults "
-            "to True, as TRL's gradient_checkpointing."
         },
     )
     bf16: bool | None = field(
@@ -208,10 +203,10 @@ class UnlearnConfig(TrainingArguments):
     topic_column: str | None = field(
         default=None, metadata={"help": "Column that names a topic; topics alternate from step to step."}
     )
-    topic_retain_weights: dict[str, Any] | str | None = field(
+    topic_retain_weights: dict[str, float] | str | None = field(
         default=None, metadata={"help": "Factor on the retain losses per topic, as JSON: '{\"bio\": 1200}'."}
     )
-    topic_steering_coefficients: dict[str, Any] | str | None = field(
+    topic_steering_coefficients: dict[str, float] | str | None = field(
         default=None, metadata={"help": "`steering_coefficient` per topic, as JSON, where it differs."}
     )
 
@@ -256,8 +251,6 @@ class UnlearnConfig(TrainingArguments):
     )
 
     def __post_init__(self):
-        if self.activation_checkpointing is None and self.gradient_checkpointing is None:
-            self.activation_checkpointing = True
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
         for option in fields(UnlearnConfig):
@@ -336,7 +329,7 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
     """
     is_optional = isinstance(hint, types.UnionType) and type(None) in typing.get_args(hint)
     kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)] if is_optional else [hint]
-    if value is None:
+    if value is None or (value is False and is_optional and kinds[0] is str):
         if is_optional:
             return None
         raise ValueError(f"{name} must not be None.")
@@ -346,7 +339,7 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
             items = value if isinstance(value, (list, tuple)) else [value]
             return [_scalar(item, typing.get_args(kind)[0]) for item in items]
         if typing.get_origin(kind) is dict:
-            return _mapping(value)
+            return _mapping(value, typing.get_args(kind)[1])
         if kind is str and isinstance(value, (list, tuple)):
             return ",".join(str(item) for item in value)  # layers written as a YAML list
         return _scalar(value, kind)
@@ -368,15 +361,17 @@ def _scalar(value: Any, kind: type) -> Any:
         raise ValueError
     if kind is int and isinstance(value, float) and not value.is_integer():
         raise ValueError
+    if kind is float and not math.isfinite(float(value)):
+        raise ValueError
     return kind(value)
 
 
-def _mapping(value: Any) -> dict[str, Any]:
+def _mapping(value: Any, kind: Any) -> dict[str, Any]:
     if isinstance(value, str):
         value = json.loads(value)
     if not isinstance(value, dict):
         raise ValueError
-    return value
+    return value if kind is Any else {str(key): _scalar(item, kind) for key, item in value.items()}
 
 
 def _check_choices(name: str, value: Any, choices: list[str] | None) -> None:

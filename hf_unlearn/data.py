@@ -25,6 +25,7 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from trl import extract_prompt, maybe_convert_to_chatml
 from trl.data_utils import common_prefix_length
@@ -74,9 +75,15 @@ def split_by_label(dataset: Dataset) -> tuple[Dataset, Dataset | None]:
         `tuple[Dataset, Dataset | None]`: forget rows and retain rows (`None` when there are none).
 
     Raises:
-        `ValueError`: no row is labelled `False`.
+        `ValueError`: no row is labelled `False`, or a label is neither.
     """
-    labels = [bool(label) for label in dataset["label"]]
+    labels = list(dataset["label"])
+    if not all(label in (True, False) for label in labels):
+        # Read as a truth value, a missing label would be forgotten and "false" kept
+        raise ValueError(
+            "The column `label` of train_dataset must hold nothing but True (keep) and False (forget): fill in or "
+            "convert the others."
+        )
     forget = [index for index, label in enumerate(labels) if not label]
     retain = [index for index, label in enumerate(labels) if label]
     if not forget:
@@ -164,7 +171,8 @@ def prepare_dataset(
     Raises:
         `ValueError`: no known columns, a value of another type, no chat template, or no usable row.
     """
-    dataset = require_map_style(dataset, f"The {name} data set")
+    # Without a format: rows of plain values, not of tensors
+    dataset = require_map_style(dataset, f"The {name} data set").with_format(None)
     columns = set(dataset.column_names)
     options: dict[str, Any] = {"num_proc": args.dataset_num_proc}
 
@@ -175,7 +183,13 @@ def prepare_dataset(
                     maybe_convert_to_chatml, remove_columns="conversations", desc=f"Converting {name}", **options
                 )
             elif {"chosen", "rejected"} <= columns and "prompt" not in columns:
-                dataset = dataset.map(extract_prompt, desc=f"Extracting the prompts of {name}", **options)
+                dataset = dataset.map(
+                    _extract_prompt,
+                    with_indices=True,
+                    fn_kwargs={"name": name},
+                    desc=f"Extracting the prompts of {name}",
+                    **options,
+                )
         answer = _answer_column(set(dataset.column_names), args.dataset_text_field, name)
 
         rows = dataset.map(
@@ -198,11 +212,13 @@ def prepare_dataset(
             desc=f"Tokenizing {name}",
             **options,
         )
-    _report_cuts(rows["cut"], len(dataset), name, args.max_length)
-    rows = rows.remove_columns("cut")
-    if len(rows) == 0:
-        raise ValueError(f"No row of the {name} data set has a token to learn from: every row is empty.")
-    return rows
+    cuts = list(rows["cut"])
+    if all(cut == "everything" for cut in cuts):
+        raise ValueError(f"No row of the {name} data set has a token to learn from: every row is empty or masked.")
+    _report_cuts(cuts, len(dataset), name, args.max_length)
+    if "everything" in cuts:
+        rows = rows.select([index for index, cut in enumerate(cuts) if cut != "everything"])
+    return rows.remove_columns("cut")
 
 
 def _answer_column(columns: set[str], text_column: str, name: str) -> str:
@@ -234,6 +250,14 @@ _QUESTION_OF = {
 }
 
 
+def _extract_prompt(example: dict[str, Any], index: int, name: str) -> dict[str, Any]:
+    """TRL's own, on rows that have both answers."""
+    for column in ("chosen", "rejected"):
+        if not example[column]:
+            raise ValueError(f"Row {index} of the {name} data set: `{column}` is empty.")
+    return extract_prompt(example)
+
+
 def _tokenize_batch(
     batch: dict[str, list],
     indices: list[int],
@@ -263,11 +287,10 @@ def _tokenize_batch(
         splits = split_long_texts and IGNORE_INDEX not in labels
         pieces, cut = _fit(input_ids, labels, max_length, splits, tokenizer.bos_token_id)
         for input_ids, labels in pieces:
-            if all(label == IGNORE_INDEX for label in labels[1:]):
-                continue
+            is_empty = all(label == IGNORE_INDEX for label in labels[1:])
             output["input_ids"].append(input_ids)
             output["labels"].append(labels)
-            output["cut"].append(cut)
+            output["cut"].append("everything" if is_empty else cut)  # counted later, and such rows left out
             if topics is not None:
                 output["topic"].append(topics.index(str(example[topic_column])))
     return output
@@ -287,14 +310,15 @@ def _tokenize_example(
 ) -> tuple[list[int], list[int]]:
     answer = example[answer_column]
     if answer_column == "input_ids":
-        return list(answer), list(example.get("labels") or answer)
+        return _given_tokens(example)
 
     if answer_column == "messages":
+        answer = _messages(answer, answer_column)
         input_ids, assistant_mask = _apply_chat_template(tokenizer, example, answer, assistant_only)
         return input_ids, _mask(input_ids, assistant_mask)
 
     if answer_column == text_column:
-        input_ids = tokenizer(_with_eos(_text(answer, answer_column), tokenizer))["input_ids"]
+        input_ids = _encode(_text(answer, answer_column), tokenizer)
         return input_ids, list(input_ids)
 
     question_column = _QUESTION_OF[answer_column]
@@ -310,13 +334,14 @@ def _tokenize_example(
     if isinstance(answer, list):
         if not isinstance(question, list):
             raise _RowError(f"`{answer_column}` is a list of messages but `{question_column}` is not.")
+        question, answer = _messages(question, question_column), _messages(answer, answer_column)
         prompt_ids, _ = _apply_chat_template(tokenizer, example, question, add_generation_prompt=True)
         input_ids, assistant_mask = _apply_chat_template(tokenizer, example, question + answer, assistant_only)
     else:
         prompt, completion = _text(question, question_column), _text(answer, answer_column)
         prompt_ids = tokenizer(prompt)["input_ids"]
         # Together, so that tokens may merge across the border as they do when the model reads both
-        input_ids = tokenizer(prompt + _with_eos(completion, tokenizer))["input_ids"]
+        input_ids = _encode(prompt + completion, tokenizer)
         assistant_mask = None
         if assistant_only:
             raise _RowError("`assistant_only_loss=True` needs conversations (lists of messages), not text.")
@@ -330,27 +355,32 @@ def _tokenize_example(
 def _apply_chat_template(
     tokenizer: PreTrainedTokenizerBase,
     example: dict[str, Any],
-    messages: Any,
+    messages: list[dict[str, Any]],
     assistant_only: bool = False,
     add_generation_prompt: bool = False,
 ) -> tuple[list[int], list[int] | None]:
-    if not isinstance(messages, list):
-        raise _RowError(f"expected a list of messages, found {type(messages).__name__}.")
     if tokenizer.chat_template is None:
         raise _RowError(
             "it is a conversation, but the tokenizer has no chat template: set chat_template_path to a tokenizer that "
             "has one, or to a .jinja file."
         )
     tools = example.get("tools")
-    encoded = tokenizer.apply_chat_template(
-        messages,
-        tools=json.loads(tools) if isinstance(tools, str) else tools,
-        add_generation_prompt=add_generation_prompt,
-        tokenize=True,
-        return_dict=True,
-        return_assistant_tokens_mask=assistant_only,
-        **(example.get("chat_template_kwargs") or {}),
-    )
+    try:
+        encoded = tokenizer.apply_chat_template(
+            messages,
+            tools=json.loads(tools) if isinstance(tools, str) else tools,
+            add_generation_prompt=add_generation_prompt,
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=assistant_only,
+            **(example.get("chat_template_kwargs") or {}),
+        )
+    except (TemplateError, TypeError) as error:
+        # A template's own message may repeat what it was given
+        raise _RowError(
+            f"the chat template refuses it ({type(error).__name__}): check the roles, their order and the fields of "
+            "the messages."
+        ) from None
     if not assistant_only:
         return encoded["input_ids"], None
     if 1 not in encoded["assistant_masks"]:
@@ -373,9 +403,36 @@ def _text(value: Any, column: str) -> str:
     return value
 
 
-def _with_eos(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    eos = tokenizer.eos_token
-    return text if eos is None or text.endswith(eos) else text + eos
+def _messages(value: Any, column: str) -> list[dict[str, Any]]:
+    if not isinstance(value, list) or not value:
+        found = "an empty list" if value == [] else type(value).__name__
+        raise _RowError(f"`{column}` is {found}, expected a list of messages.")
+    for message in value:
+        if not isinstance(message, dict) or message.get("role") is None:
+            raise _RowError(f"`{column}` has a message without a `role`.")
+        if message.get("content") is None and not message.get("tool_calls"):
+            # Templates print nothing, or "None", for it: a row with an empty turn, without an error
+            raise _RowError(f"`{column}` has a message without `content`.")
+    return value
+
+
+def _given_tokens(example: dict[str, Any]) -> tuple[list[int], list[int]]:
+    input_ids, labels = example["input_ids"], example.get("labels")
+    labels = input_ids if labels is None else labels
+    for column, values in (("input_ids", input_ids), ("labels", labels)):
+        if not isinstance(values, list) or not all(isinstance(token, int) for token in values):
+            raise _RowError(f"`{column}` is not a list of token ids.")
+    if len(labels) != len(input_ids):
+        raise _RowError("`input_ids` and `labels` differ in length.")
+    if 0 in (example.get("attention_mask") or []):
+        raise _RowError("`input_ids` is padded (`attention_mask` has zeros): leave padding to the collator.")
+    return list(input_ids), list(labels)
+
+
+def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens of a text, the last of them EOS, as in TRL; some tokenizers add it themselves."""
+    input_ids, eos = tokenizer(text)["input_ids"], tokenizer.eos_token_id
+    return input_ids if eos is None or input_ids[-1:] == [eos] else [*input_ids, eos]
 
 
 def _fit(
@@ -406,7 +463,9 @@ def _fit(
 
 
 def _report_cuts(cuts: list[str], num_rows: int, name: str, max_length: int | None) -> None:
-    ends, prompts = cuts.count("end"), cuts.count("prompt")
+    ends, prompts, empty = cuts.count("end"), cuts.count("prompt"), cuts.count("everything")
+    if empty:
+        logger.warning(f"{empty} of {num_rows} {name} rows have no token to learn from and are left out.")
     if ends:
         logger.warning(
             f"{ends} of {num_rows} {name} rows are longer than max_length={max_length} and lose their end: raise "

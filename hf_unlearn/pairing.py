@@ -98,6 +98,11 @@ class PairingSampler(Sampler):
         self.retain_rows = _rows_by_topic(num_retain, retain_topics) if num_retain else None
         # Retain rows without topics serve every topic.
         self.shared_retain = retain_topics is None
+        if retain_topics is not None and (missing := set(self.forget_rows) - set(self.retain_rows)):
+            raise ValueError(
+                f"{len(missing)} of the forget topics have no usable retain row: add some, or remove the column so "
+                "that all topics share the retain rows."
+            )
         if self.has_topics:
             padded = {topic: -(-len(rows) // step_size) * step_size for topic, rows in self.forget_rows.items()}
         else:
@@ -170,8 +175,7 @@ class DataCollatorForUnlearning(DataCollatorMixin):
 
     Each set becomes a dict of
     * `input_ids`, `attention_mask`, `labels`: `(B, T)` int64, right-padded. The mask comes from lengths, never from
-    the
-      pad id: where the pad token is the EOS token, real EOS tokens stay visible;
+      the pad id: where the pad token is the EOS token, real EOS tokens stay visible;
     * `label_index`: `(N,)` int64, flat indices of the tokens that are predicted and counted, made here so that picking
       them on the device needs no host synchronisation;
     * `topic`: scalar int64, with topics.

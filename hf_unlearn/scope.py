@@ -143,11 +143,13 @@ def select_parameters(
 
     # Module name relative to its layer -> full names. Modules outside the layers keep their full name.
     modules: dict[str, list[str]] = {}
-    for name, _ in model.named_modules():
+    for name, module in model.named_modules():
+        if next(module.parameters(), None) is None:
+            continue
         prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
         if prefix is not None:
             modules.setdefault(name.removeprefix(prefix), []).append(name)
-        elif trainable_layers is None and name and not name.startswith(stack_name):
+        elif trainable_layers is None and name and not f"{name}.".startswith(f"{stack_name}."):
             modules.setdefault(name, []).append(name)
 
     selected = []
@@ -162,7 +164,9 @@ def select_parameters(
             )
         selected.extend(name for names in matched for name in names)
     below = tuple(f"{name}." for name in selected)
-    return [name for name, _ in model.named_parameters() if name.startswith(below)]
+    # A tied parameter has several names, such as those of the head and the embedding, and is selected by any of them
+    parameters = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if name.startswith(below)}
+    return [name for name, parameter in model.named_parameters() if id(parameter) in parameters]
 
 
 def freeze_all_but(model: nn.Module, names: list[str]) -> None:

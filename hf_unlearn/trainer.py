@@ -57,7 +57,8 @@ class _NoInputGradients(TrainerCallback):
     Keeps frozen layers out of the backward pass under activation checkpointing.
 
     transformers makes the embedding's output require a gradient when it enables checkpointing, which only reentrant
-    checkpoints need (they are refused): all frozen layers below the trained ones would be run and differentiated again.
+    checkpoints need (they are refused): all frozen layers below the trained ones would be run and differentiated
+    again.
     """
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:

@@ -34,9 +34,9 @@ from safetensors import safe_open
 WORKER = Path(__file__).parent / "distributed" / "invariance_worker.py"
 
 # (case, optimizer): settings under which every trained tensor moves by at least 5 % and the trajectory is not chaotic.
-# NPO at weight 1 turns a rounding of 1e-6 nats in a summed log-probability into as much loss: small weights and a large
-# step leave the trajectory as it is, and the losses comparable to 1e-6. A small LoRA scale with a large step moves both
-# factors.
+# NPO at weight 1 turns a rounding of 1e-6 nats in a summed log-probability into as much loss: small weights and a
+# large step leave the trajectory as it is, and the losses comparable to 1e-6. A small LoRA scale with a large step
+# moves both factors.
 OBJECTIVES = {
     ("npo", "sgd"): {
         "learning_rate": 590.0,

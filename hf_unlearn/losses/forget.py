@@ -135,7 +135,8 @@ def rmu(
     ```
     """
     hidden_states = hidden_states.float()
-    error = (hidden_states - control_vector).square().mean(-1).masked_fill(~mask, 0.0)
+    # Masked before the square, whose gradient at NaN or infinity is NaN even where nothing flows back
+    error = (hidden_states - control_vector).masked_fill(~mask.unsqueeze(-1), 0.0).square().mean(-1)
     with torch.no_grad():
         norm = hidden_states.norm(dim=-1).masked_fill(~mask, 0.0)
     return error.sum() / num_items, {"hidden_norm": norm.sum() / num_items}

@@ -110,5 +110,6 @@ def hidden_mse(
 
     ```
     """
-    error = (hidden_states.float() - reference_hidden_states.float()).square().mean(-1)
-    return error.masked_fill(~mask, 0.0).sum() / num_items, {}
+    # Masked before the square, whose gradient at NaN or infinity is NaN even where nothing flows back
+    error = (hidden_states.float() - reference_hidden_states.float()).masked_fill(~mask.unsqueeze(-1), 0.0)
+    return error.square().mean(-1).sum() / num_items, {}
