@@ -76,7 +76,8 @@ def run(command: Callable[[list[str]], int], argv: list[str]) -> int:
             raise
         if os.environ.get("LOCAL_RANK", "0") == "0":  # once, not once per process
             message = " ".join(str(error).split()) or type(error).__name__
-            print(f"Error: {message}", file=sys.stderr)
-            if not isinstance(error, UsageError):
-                print("Set HF_DEBUG=1 to see the traceback.", file=sys.stderr)
+            if isinstance(error, UsageError):
+                print(f"Error: {message}", file=sys.stderr)
+            else:  # a progress bar may stand on the line
+                print(f"\nError: {message}\nSet HF_DEBUG=1 to see the traceback.", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1

@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
+import yaml
 from datasets import Dataset, load_dataset, load_from_disk
 from trl import TrlParser
 
@@ -85,6 +86,8 @@ def load_rows(source: str, config: str | None, split: str, name: str) -> Dataset
     if os.path.isfile(source):
         if extension not in _FILE_FORMATS:
             raise UsageError(f"The {name} data set {source!r} is not a {', '.join(_FILE_FORMATS)} file.")
+        if os.path.getsize(source) == 0:
+            raise UsageError(f"The {name} data set {source!r} is empty: it needs at least one row.")
         options: dict[str, Any] = {"sample_by": "paragraph"} if extension == ".txt" else {}
         with _explained(f"The {name} data set {source!r} cannot be read as {extension}"):
             return load_dataset(_FILE_FORMATS[extension], data_files=source, split="train", **options)
@@ -104,12 +107,13 @@ def load_rows(source: str, config: str | None, split: str, name: str) -> Dataset
 
 @contextmanager
 def _explained(what: str) -> Iterator[None]:
-    """Says what failed and the first sentence of why, never a row: the reader's errors may quote what they read."""
+    """Says what failed, and of why only the kind: the readers' own messages may quote a row."""
     try:
         yield
     except Exception as error:
-        reason = type(error).__name__ if isinstance(error, (ValueError, TypeError)) else str(error).split("\n")[0]
-        raise UsageError(f"{what}: {reason}. Check the path or id, the config and the split.") from error
+        raise UsageError(
+            f"{what} ({type(error).__name__}): check the path or id, the config and the split."
+        ) from error
 
 
 class ArgumentParser(TrlParser):
@@ -139,8 +143,9 @@ class ArgumentParser(TrlParser):
             return self.parse_args_and_config(expanded, return_remaining_strings=False)
         except FileNotFoundError as error:
             raise UsageError(f"The recipe {error.filename!r} does not exist.") from error
+        except yaml.MarkedYAMLError as error:
+            raise UsageError(f"The recipe is not valid YAML (line {error.problem_mark.line + 1}).") from error
         except (ValueError, TypeError) as error:
-            # A YAML parser's message quotes the line it stumbled on; a mapping's values may be anything
             raise UsageError(str(error)) from error
 
     def set_defaults_with_config(self, **values: Any) -> list[str]:
