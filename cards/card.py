@@ -143,6 +143,7 @@ def render_model_card(report: UnlearningReport) -> str:
             report_sha256=hashlib.sha256(report.to_json().encode()).hexdigest(),
             metadata=_metadata(report),
             adapter=_is_adapter(report),
+            model_folder=_model_folder(report),
             verdict=_verdict(report),
             loss_texts=_LOSSES,
             modules=sorted(modules, key=lambda module: module.relative_norm, reverse=True)[:_MAX_MODULES],
@@ -171,7 +172,16 @@ def write_model_card(report: UnlearningReport, folder: str | os.PathLike) -> Pat
 
 
 def _is_adapter(report: UnlearningReport) -> bool:
-    return report.method.scope.kind in ("lora", "peft")
+    """Whether the release is an adapter. One that was trained may have been merged: then its file is not there."""
+    if report.method.scope.kind not in ("lora", "peft"):
+        return False
+    return not report.files or any(os.path.basename(file.path).startswith("adapter_model") for file in report.files)
+
+
+def _model_folder(report: UnlearningReport) -> str:
+    """Where the model lies, seen from the card: `"/model"` where all files are in one folder, else nothing."""
+    folders = {os.path.dirname(file.path) for file in report.files}
+    return f"/{folders.pop()}" if len(folders) == 1 and "" not in folders else ""
 
 
 def _metadata(report: UnlearningReport) -> dict[str, Any]:

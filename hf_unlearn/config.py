@@ -259,6 +259,8 @@ class UnlearnConfig(TrainingArguments):
                 setattr(self, option.name, value)
                 _check_choices(option.name, value, option.metadata.get("choices"))
         super().__post_init__()
+        if self.device.type == "cpu":
+            self.dataloader_pin_memory = False  # torch warns that there is nothing to pin for
         self._validate()
 
     def _validate(self) -> None:

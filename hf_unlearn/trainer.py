@@ -201,6 +201,7 @@ class UnlearnTrainer(Trainer):
         if eval_dataset is not None:
             eval_dataset = _prepare_eval_dataset(eval_dataset, tokenizer, args)
 
+        self._use_cache = inner_model(model).config.use_cache
         super().__init__(
             model=model,
             args=args,
@@ -503,14 +504,15 @@ class UnlearnTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         # The Trainer pickles its arguments beside the weights, tokens included. They are taken out before, and the
-        # pickle, which nothing reads, after.
-        secrets = {"hub_token": self.args.hub_token, "model_init_kwargs": self.args.model_init_kwargs}
-        self.args.hub_token, self.args.model_init_kwargs = None, None
+        # pickle, which nothing reads, after. It also turned `use_cache` off for training: the saved model generates
+        # as the original did.
+        config = inner_model(self.accelerator.unwrap_model(self.model)).config
+        kept = self.args.hub_token, self.args.model_init_kwargs, config.use_cache
+        self.args.hub_token, self.args.model_init_kwargs, config.use_cache = None, None, self._use_cache
         try:
             super()._save(output_dir, state_dict)
         finally:
-            for name, value in secrets.items():
-                setattr(self.args, name, value)
+            self.args.hub_token, self.args.model_init_kwargs, config.use_cache = kept
         pickle = os.path.join(output_dir or self.args.output_dir, "training_args.bin")
         if self.args.should_save and os.path.isfile(pickle):
             os.remove(pickle)

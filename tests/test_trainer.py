@@ -18,6 +18,7 @@ import json
 import logging
 import math
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -559,6 +560,18 @@ def test_saved_models_load_with_plain_transformers_and_peft(make, tiny_model_pat
     with torch.no_grad():
         expected = trainer.model.eval()(ids).logits
         assert torch.equal(PeftModel.from_pretrained(base, tmp_path / "lora").eval()(ids).logits, expected)
+
+
+def test_saved_config_is_the_originals(make, tiny_model_path, tmp_path):
+    """The Trainer turns `use_cache` off for training; a released model that says so generates slowly for everybody."""
+    trainer = make(trainable_layers="1")
+    trainer.train()
+    trainer.save_model()
+    saved, original = (
+        json.loads((path / "config.json").read_text()) for path in (tmp_path / "out", Path(tiny_model_path))
+    )
+    assert saved == original
+    assert trainer.model.config.use_cache is False  # while training
 
 
 @pytest.mark.parametrize("options", [RMU, {"peft_config": LORA}, {}], ids=["selected", "lora", "full"])

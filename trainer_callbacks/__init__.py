@@ -11,3 +11,9 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+"""Callbacks for any transformers or TRL trainer. They keep no trainer: what they need is in the callback's kwargs."""
+
+from hf_unlearn.trainer_callbacks.scope_guard import ScopeGuardCallback, ScopeViolationError
+
+
+__all__ = ["ScopeGuardCallback", "ScopeViolationError"]

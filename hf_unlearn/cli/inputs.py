@@ -18,6 +18,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.resources import files
 from typing import Any, NoReturn
 
 import yaml
@@ -137,12 +138,13 @@ class ArgumentParser(TrlParser):
         expanded: list[str] = []
         for argument in argv:
             expanded.extend(argument.split("=", 1) if argument.startswith("--config=") else [argument])
-        if expanded and expanded[-1] == "--config":
-            raise UsageError("--config needs a file: --config recipe.yaml.")
+        if "--config" in expanded:
+            position = expanded.index("--config") + 1
+            if position == len(expanded):
+                raise UsageError("--config needs a file or the name of a shipped recipe: --config recipe.yaml.")
+            expanded[position] = _recipe(expanded[position])
         try:
             return self.parse_args_and_config(expanded, return_remaining_strings=False)
-        except FileNotFoundError as error:
-            raise UsageError(f"The recipe {error.filename!r} does not exist.") from error
         except yaml.MarkedYAMLError as error:
             raise UsageError(f"The recipe is not valid YAML (line {error.problem_mark.line + 1}).") from error
         except (ValueError, TypeError) as error:
@@ -174,6 +176,18 @@ class ArgumentParser(TrlParser):
         if name.removeprefix("no_") in flags:
             raise UsageError(f"Unknown argument `{arguments[0]}`: write `--{name.removeprefix('no_')} false`.")
         raise UsageError(f"Unknown argument `{arguments[0]}`.{_near(name, flags)}")
+
+
+def _recipe(name: str) -> str:
+    """Path of a recipe: a file, or one that is shipped with the package."""
+    if os.path.isfile(name):
+        return name
+    shipped = files("hf_unlearn.recipes")
+    path = shipped / f"{name}.yaml"
+    if not path.is_file():
+        names = sorted(entry.name.removesuffix(".yaml") for entry in shipped.iterdir() if entry.name.endswith(".yaml"))
+        raise UsageError(f"The recipe {name!r} is neither a file nor one of {', '.join(names)}.")
+    return str(path)
 
 
 def _near(name: str, known: set[str]) -> str:

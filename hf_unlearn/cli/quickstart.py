@@ -1,0 +1,608 @@
+# Copyright 2026 The hf-unlearn authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+See the tool work, with no network, no GPU and no data: a small model that knows invented people forgets some of them.
+
+```bash
+hf-unlearn quickstart --output_dir out/quickstart
+```
+
+The first time, two models are taught on the spot and cached: one knows all people, its twin never saw those who are to
+be forgotten and shows how little is left where nothing was ever known. Then NPO and a KL term, on a LoRA, make the
+first one forget, through [`UnlearnTrainer`] and nothing else.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout, suppress
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from . import UsageError
+
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, TrainerCallback
+
+    from hf_unlearn import UnlearnTrainer
+
+
+# Part of the cache's key: raise it when the code that teaches the models changes what it gives.
+CACHE_VERSION = 1
+
+# A rerun may overwrite a folder that holds these.
+_OUTPUTS = (
+    "base/config.json",
+    "model/config.json",
+    "data/forget.jsonl",
+    "data/retain.jsonl",
+    "unlearning_report.json",
+)
+
+# Of the models and of the data: keys in the results, and what a person reads.
+_MODELS = {"before": "before", "after": "after", "retain_only": "never taught"}
+_GROUPS = {"forget": "people to forget", "retain": "people to keep"}
+
+_LORA = {"r": 8, "alpha": 16, "target_modules": "all-linear"}
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Seed and size of a quickstart. Tests run a smaller one."""
+
+    seed: int = 0
+    num_people: int = 40
+    num_forget: int = 4
+    vocab_size: int = 800
+    hidden_size: int = 128
+    num_layers: int = 4
+    teaching_steps: int = 250
+    teaching_batch_size: int = 40
+    teaching_learning_rate: float = 3e-3
+    forgetting_epochs: int = 80
+
+
+def unlearning_arguments(settings: Settings) -> dict[str, Any]:
+    """The arguments of the unlearning run, by their names in [`UnlearnConfig`] and on the command line of `train`."""
+    return {
+        "forget_loss": "npo",
+        # NPO's gradient fades once an answer is unlikely, and the sooner the larger beta is: at this one it comes to
+        # rest about where the twin stands, at the default of 0.1 far below.
+        "beta": 0.3,
+        "retain_loss": "kl",
+        "retain_loss_weights": 3.0,
+        "learning_rate": 2e-3,
+        "num_train_epochs": settings.forgetting_epochs,
+        "per_device_train_batch_size": 20,
+        "seed": settings.seed,
+    }
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="hf-unlearn quickstart",
+        description="Teach a small model invented people and make it forget some of them: no network, no GPU, no "
+        "data. One to three minutes the first time, less from the cache.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--output_dir",
+        "--output-dir",
+        metavar="DIR",
+        default="out/quickstart",
+        help="where models, data, report, card and figure go (default: %(default)s)",
+    )
+    parser.add_argument("--seed", type=int, metavar="N", default=0, help="other people (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}. `{self.prog} --help` lists the arguments.")
+
+
+def main(argv: list[str]) -> int:
+    options = make_parser().parse_args(argv)
+    if not 0 <= options.seed < 2**32:
+        raise UsageError(f"--seed {options.seed} must be 0 to {2**32 - 1}.")
+    check_output_dir(options.output_dir)
+    # stdout holds the result alone
+    with redirect_stdout(sys.stderr):
+        settings = Settings(seed=options.seed)
+        result = run(options.output_dir, settings)
+    print(json.dumps(result, indent=2) if options.json else as_text(result, settings))
+    return 0
+
+
+def check_output_dir(output_dir: str) -> None:
+    """
+    Makes the folder, unless it holds something else than an earlier quickstart.
+
+    Raises:
+        `UsageError`: naming what to do.
+    """
+    if os.path.exists(output_dir) and not os.path.isdir(output_dir):
+        raise UsageError(f"--output_dir {output_dir!r} is a file: name a folder.")
+    is_earlier = all(os.path.isfile(os.path.join(output_dir, name)) for name in _OUTPUTS)
+    if os.path.isdir(output_dir) and os.listdir(output_dir) and not is_earlier:
+        raise UsageError(
+            f"--output_dir {output_dir!r} holds files that are not a quickstart's: name a new or an empty folder."
+        )
+    try:
+        os.makedirs(output_dir, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--output_dir {output_dir!r} cannot be made: {error.strerror}.") from error
+
+
+def run(output_dir: str, settings: Settings) -> dict[str, Any]:
+    """
+    Teaches, forgets, measures and writes.
+
+    Args:
+        output_dir (`str`): folder, empty or from an earlier run.
+        settings ([`Settings`]): seed and size.
+
+    Returns:
+        `dict`: what `--json` prints.
+    """
+    start = time.monotonic()
+    _say("Loading the libraries ...")
+    with _quiet_libraries(), _one_thread():
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        from hf_unlearn.people import make_people, split_people
+
+        rows = make_people(settings.num_people, settings.seed)
+        forget, retain = split_people(rows, settings.num_forget)
+        cache, is_cached = find_or_make_models(rows, settings)
+        ready = time.monotonic()
+
+        base = AutoModelForCausalLM.from_pretrained(os.path.join(cache, "base"))
+        retain_only = AutoModelForCausalLM.from_pretrained(os.path.join(cache, "retain_only"))
+        tokenizer = AutoTokenizer.from_pretrained(os.path.join(cache, "base"))
+        samples = [
+            {"set": name, "question": row["question"], "answer": row["answer"]}
+            for name, people in (("forget", forget), ("retain", retain))
+            for row in (people[0], people[2])  # two facts of the first person
+        ]
+        for sample in samples:
+            sample["before"] = reply(base, tokenizer, sample["question"])
+
+        trainer = make_trainer(base, tokenizer, forget, retain, settings)
+        trainer.evaluate()
+        trainer.train()
+        trainer.evaluate()
+        metrics = {
+            **trainer.record.evaluations,
+            "retain_only": measure(retain_only, tokenizer, forget, retain, settings),
+        }
+
+        # All at the end: an interrupted run leaves the folder empty, or as it was
+        write_inputs(output_dir, cache, forget, retain)
+        model = save(trainer, output_dir)
+        for sample in samples:
+            sample["after"] = reply(model, tokenizer, sample["question"])
+        figure = draw_figure(metrics, os.path.join(output_dir, "figures", "before_after.png"))
+    return {
+        "output_dir": output_dir,
+        "report": os.path.join(output_dir, "unlearning_report.json"),
+        "figure": figure,
+        "retain_only_model": os.path.join(cache, "retain_only"),
+        "settings": {**asdict(settings), **unlearning_arguments(settings)},
+        "metrics": metrics,
+        "samples": samples,
+        "from_cache": is_cached,
+        "seconds": {"models": round(ready - start, 1), "total": round(time.monotonic() - start, 1)},
+    }
+
+
+# ---- The two models ----
+
+
+def find_or_make_models(rows: list[Row], settings: Settings) -> tuple[str, bool]:
+    """
+    The folder with the model that knows all people (`base`) and the one that knows those to keep (`retain_only`), and
+    whether it was there already.
+    """
+    from hf_unlearn.people import split_people
+
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    parent = os.path.join(cache, "hf-unlearn", "quickstart")
+    folder = os.path.join(parent, _cache_key(rows, settings))
+    if os.path.isdir(folder):
+        return folder, True
+    # Beside its final place, where one rename puts it: an interrupted run leaves no half of a cache
+    temporary = f"{folder}.{os.getpid()}.tmp"
+    try:
+        os.makedirs(temporary)
+    except OSError as error:
+        raise UsageError(
+            f"The cache {parent!r} cannot be written ({error.strerror}): set XDG_CACHE_HOME to a folder that can."
+        ) from error
+    try:
+        tokenizer = train_tokenizer(settings)
+        keep = split_people(rows, settings.num_forget)[1]
+        for name, known in (("base", rows), ("retain_only", keep)):
+            people = len({row["name"] for row in known})
+            model = teach(known, tokenizer, settings, f"Teaching a model {people} people")
+            model.save_pretrained(os.path.join(temporary, name))
+            tokenizer.save_pretrained(os.path.join(temporary, name))
+        try:
+            os.replace(temporary, folder)
+        except OSError:
+            if not os.path.isdir(folder):  # else another run was faster, and made the same
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder, False
+
+
+def _cache_key(rows: list[Row], settings: Settings) -> str:
+    content = {
+        "cache_version": CACHE_VERSION,
+        "rows": rows,
+        "settings": asdict(replace(settings, forgetting_epochs=0)),  # which changes neither model
+        "packages": {name: version(name) for name in ("torch", "transformers", "tokenizers")},
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def train_tokenizer(settings: Settings) -> "PreTrainedTokenizerFast":
+    """
+    A byte-level BPE, learned from *other* invented people: its vocabulary, which is released with the model, tells
+    nothing of those to forget.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    from hf_unlearn.people import MAX_PEOPLE, make_people
+
+    others = make_people(MAX_PEOPLE, seed=settings.seed + 2**32)  # seeds end below that
+    texts = [f" {row[answer]}" for row in others for answer in ("answer", "paraphrased_answer")]
+    # A person has five rows, so every sixth asks of each but once: no name, which two people may share by chance, is
+    # frequent enough to become a token
+    texts += [row[question] for row in others[::6] for question in ("question", "paraphrased_question")]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=settings.vocab_size,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=256
+    )
+
+
+def teach(
+    rows: list[Row], tokenizer: "PreTrainedTokenizerFast", settings: Settings, description: str
+) -> "LlamaForCausalLM":
+    """A small Llama that knows the answers of the rows, to both wordings of their questions."""
+    import torch
+    from datasets import Dataset
+    from torch.nn.utils import clip_grad_norm_
+    from tqdm import tqdm
+    from transformers import LlamaConfig, LlamaForCausalLM, set_seed
+
+    from hf_unlearn import UnlearnConfig
+    from hf_unlearn.data import prepare_dataset
+    from hf_unlearn.pairing import DataCollatorForUnlearning
+
+    set_seed(settings.seed)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=settings.hidden_size,
+            intermediate_size=3 * settings.hidden_size,
+            num_hidden_layers=settings.num_layers,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=tokenizer.model_max_length,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
+    # Tokenized as in the trainer: what is taught is what will be measured and forgotten
+    pairs = [
+        {"question": row[question], "answer": row["answer"]}
+        for question in ("question", "paraphrased_question")
+        for row in rows
+    ]
+    args = UnlearnConfig(output_dir=tempfile.gettempdir(), use_cpu=True)
+    data = list(prepare_dataset(Dataset.from_list(pairs), tokenizer, args, "people"))
+    collate = DataCollatorForUnlearning(tokenizer.pad_token_id)
+
+    steps, rate, size = settings.teaching_steps, settings.teaching_learning_rate, settings.teaching_batch_size
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
+    order: list[int] = []
+    for _ in tqdm(range(steps), desc=description, file=sys.stderr):
+        while len(order) < size:
+            order += torch.randperm(len(data)).tolist()
+        batch, order = collate([data[index] for index in order[:size]]), order[size:]
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
+        model(**inputs).loss.backward()
+        clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+# ---- Unlearning ----
+
+
+def make_trainer(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerFast",
+    forget: list[Row],
+    retain: list[Row],
+    settings: Settings,
+) -> "UnlearnTrainer":
+    """What a user's own script would hold."""
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import PrinterCallback
+
+    from hf_unlearn import UnlearnConfig, UnlearnTrainer
+
+    data = {"forget": Dataset.from_list(forget), "retain": Dataset.from_list(retain)}
+    trainer = UnlearnTrainer(
+        model,
+        args=UnlearnConfig(
+            output_dir=tempfile.gettempdir(),  # nothing is written there
+            **unlearning_arguments(settings),
+            per_device_eval_batch_size=64,
+            save_strategy="no",
+            logging_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+            use_cache=True,  # the Trainer would write its default, False, into the released config.json
+            activation_checkpointing=False,
+        ),
+        train_dataset=data["forget"],
+        retain_dataset=data["retain"],
+        eval_dataset=data,
+        processing_class=tokenizer,
+        callbacks=[_progress_bar(f"Forgetting {settings.num_forget} of them")],
+        peft_config=LoraConfig(
+            task_type="CAUSAL_LM", r=_LORA["r"], lora_alpha=_LORA["alpha"], target_modules=_LORA["target_modules"]
+        ),
+    )
+    trainer.remove_callback(PrinterCallback)  # prints every evaluation as a dict
+    return trainer
+
+
+def measure(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerFast",
+    forget: list[Row],
+    retain: list[Row],
+    settings: Settings,
+) -> dict[str, dict[str, float]]:
+    """The trainer's evaluation of a model as it is."""
+    trainer = make_trainer(model, tokenizer, forget, retain, settings)
+    trainer.evaluate()
+    return trainer.record.evaluations["before"]
+
+
+def save(trainer: "UnlearnTrainer", output_dir: str) -> "PreTrainedModel":
+    """
+    Writes the model, the report and the card, and returns the model.
+
+    The adapter is merged into the weights: whoever got the adapter alone could undo it by dropping it.
+    """
+    from hf_unlearn.cards.card import write_model_card
+    from hf_unlearn.recording import save_report
+
+    folder = os.path.join(output_dir, "model")
+    report = trainer.record.report(trainer)
+    model = trainer.model.merge_and_unload()
+    model.save_pretrained(folder)
+    trainer.processing_class.save_pretrained(folder)
+    save_report(report, folder)
+    # Once more at the top, where people look first
+    report.files = [replace(file, path=f"model/{file.path}") for file in report.files]
+    report.save(os.path.join(output_dir, "unlearning_report.json"))
+    write_model_card(report, output_dir)
+    return model
+
+
+def reply(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast", question: str) -> str:
+    """The model's answer, the likeliest token each time."""
+    inputs = tokenizer(question, return_tensors="pt", return_token_type_ids=False)
+    output = model.generate(**inputs, max_new_tokens=16, do_sample=False)
+    text = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    # It goes to a terminal, and a model that lost its answers may write any byte
+    return "".join(char if char.isascii() and char.isprintable() else "?" for char in " ".join(text.split()))
+
+
+# ---- Files and figure ----
+
+
+def write_inputs(output_dir: str, cache: str, forget: list[Row], retain: list[Row]) -> None:
+    """The model before, and the data."""
+    shutil.copytree(os.path.join(cache, "base"), os.path.join(output_dir, "base"), dirs_exist_ok=True)
+    os.makedirs(os.path.join(output_dir, "data"), exist_ok=True)
+    for name, rows in (("forget", forget), ("retain", retain)):
+        with open(os.path.join(output_dir, "data", f"{name}.jsonl"), "w", encoding="utf-8", newline="\n") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def draw_figure(metrics: dict[str, Any], path: str) -> str | None:
+    """Bars of the probabilities; returns their file, or `None` where matplotlib is missing."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with suppress(FileNotFoundError):
+        os.remove(path)  # an earlier run's must not stay beside new numbers
+    if find_spec("matplotlib") is None:
+        _say("No figure: matplotlib is missing (pip install 'hf-unlearn[plots]').")
+        return None
+    from matplotlib.figure import Figure  # without pyplot: no display, no global state
+
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    axes = figure.subplots()
+    for place, (name, label) in enumerate(_MODELS.items()):
+        heights = [metrics[name][group]["probability"] for group in _GROUPS]
+        bars = axes.bar([group + 0.27 * (place - 1) for group in range(len(_GROUPS))], heights, 0.25, label=label)
+        axes.bar_label(bars, fmt="%.3f", fontsize=8)
+    axes.set_xticks(range(len(_GROUPS)), list(_GROUPS.values()))
+    axes.set_ylim(0, 1.1)
+    axes.set_ylabel("probability of the true answer")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=len(_MODELS), frameon=False)
+    figure.savefig(path, dpi=150)
+    return path
+
+
+# ---- What a person reads ----
+
+
+def as_text(result: dict[str, Any], settings: Settings) -> str:
+    """The result for a person."""
+    metrics, seconds = result["metrics"], result["seconds"]
+    lines = [
+        f"A model that knew {settings.num_people} invented people was made to forget {settings.num_forget} of them.",
+        "",
+        f"{'probability of the true answer':<36}" + "".join(f"{label:>14}" for label in _MODELS.values()),
+    ]
+    for group, label in _GROUPS.items():
+        name = f"  {label}, {metrics['after'][group]['rows']:.0f} questions"
+        lines.append(f"{name:<36}" + "".join(f"{metrics[key][group]['probability']:>14.3f}" for key in _MODELS))
+    lines += [
+        "",
+        "never taught: the same model, taught without the people to forget. Forgetting should come down to its level.",
+        "NPO makes true answers unlikely and puts nothing in their place: what is said instead may be gibberish.",
+        "No attack was run: what could be brought back is not known.",
+    ]
+    for group, label in _GROUPS.items():
+        lines += ["", f"One of the {label}:"]
+        for sample in result["samples"]:
+            if sample["set"] == group:
+                lines.append(f"  {sample['question']} {sample['answer']}")
+                lines += [f"    {when:<7} {sample[when] or '(nothing)'}" for when in ("before", "after")]
+    models = "came from the cache" if result["from_cache"] else f"took {seconds['models']:.0f} s, and are cached now"
+    lines += [
+        "",
+        f"Done in {seconds['total']:.0f} s; the two models {models}.",
+        "",
+        f"In {result['output_dir']}:",
+        "  base/                   the model before",
+        "  model/                  the model after, the LoRA merged: AutoModelForCausalLM.from_pretrained loads it",
+        "  data/                   forget.jsonl and retain.jsonl",
+        "  unlearning_report.json  all numbers; README.md, the model card, is rendered from it",
+        *(["  figures/                before_after.png"] if result["figure"] else []),
+        "",
+        "What to run next: the same in your own hands, then with your model and your data",
+        "",
+        _train_command(result["output_dir"], settings),
+        "",
+        "`hf-unlearn train --help` lists what else can be set.",
+    ]
+    return "\n".join(lines)
+
+
+def _train_command(output_dir: str, settings: Settings) -> str:
+    """The command that does with `train` what was done here."""
+    arguments = {
+        "model_name_or_path": os.path.join(output_dir, "base"),
+        "forget_dataset": os.path.join(output_dir, "data", "forget.jsonl"),
+        "retain_dataset": os.path.join(output_dir, "data", "retain.jsonl"),
+        **unlearning_arguments(settings),
+        **{f"lora_{name}": value for name, value in _LORA.items()},
+        "output_dir": f"{output_dir.rstrip(os.sep)}-by-hand",
+    }
+    pieces = [f"--{name} {shlex.quote(str(value))}" for name, value in arguments.items()]
+    return " \\\n    ".join(["hf-unlearn train --use_peft", *pieces])
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _progress_bar(description: str) -> "TrainerCallback":
+    """A bar with a description; the Trainer's own has none."""
+    from tqdm import tqdm
+    from transformers import TrainerCallback
+
+    class ProgressBar(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.bar = tqdm(total=state.max_steps, desc=description, file=sys.stderr)
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.bar.update(1)
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.bar.close()
+
+    return ProgressBar()
+
+
+@contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """No bars of loading, saving and tokenizing, which are over in a moment, and no advice meant for developers."""
+    import datasets
+    from transformers.utils import logging
+
+    verbosity, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    had_dataset_bars = not datasets.are_progress_bars_disabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    try:
+        with warnings.catch_warnings():
+            # Libraries that warn each other of names that will change
+            warnings.simplefilter("ignore", FutureWarning)
+            warnings.simplefilter("ignore", DeprecationWarning)
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if had_bars:
+            logging.enable_progress_bar()
+        if had_dataset_bars:
+            datasets.enable_progress_bars()
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """
+    A model this small gains little from a second thread, and waits for it ten times over where the core is taken. The
+    numbers do not depend on the machine's cores either.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,423 @@
+# Copyright 2026 The hf-unlearn authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The quickstart: small for every run of the tests, at full size among the slow ones."""
+
+import hashlib
+import importlib.util
+import io
+import json
+import shlex
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_unlearn.cards import UnlearningReport
+from hf_unlearn.cli import main, quickstart, train
+from hf_unlearn.cli.quickstart import Settings
+from hf_unlearn.people import make_people, split_people
+
+
+SMALL = Settings(
+    seed=3,
+    num_people=12,
+    num_forget=2,
+    vocab_size=600,
+    hidden_size=64,
+    num_layers=2,
+    teaching_steps=150,
+    teaching_batch_size=24,
+    teaching_learning_rate=6e-3,
+    forgetting_epochs=60,
+)
+MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+FILES = {
+    "README.md",
+    "unlearning_report.json",
+    "data/forget.jsonl",
+    "data/retain.jsonl",
+    "model/README.md",
+    "model/unlearning_report.json",
+    *(f"{folder}/{name}" for folder in ("base", "model") for name in MODEL_FILES),
+}
+HAS_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
+
+
+class Run(NamedTuple):
+    folder: Path
+    code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def result(self) -> dict:
+        return json.loads(self.stdout)
+
+
+def call(folder: Path, *arguments: str) -> Run:
+    with redirect_stdout(io.StringIO()) as stdout, redirect_stderr(io.StringIO()) as stderr:
+        code = main(["quickstart", "--output_dir", str(folder), *arguments])
+    return Run(folder, code, stdout.getvalue(), stderr.getvalue())
+
+
+def files_in(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def assert_forgotten(metrics: dict) -> None:
+    def probability(model: str, rows: str) -> float:
+        return metrics[model][rows]["probability"]
+
+    assert probability("before", "forget") >= 0.9
+    assert probability("before", "retain") >= 0.9
+    assert probability("after", "forget") <= 0.1
+    assert probability("after", "retain") >= 0.85 * probability("before", "retain")
+    assert probability("retain_only", "forget") <= 0.1
+    assert probability("retain_only", "retain") >= 0.9
+
+
+@pytest.fixture(scope="module")
+def small_quickstart(tmp_path_factory):
+    """Makes the command run at a small size, with a cache of its own; gives the cache's folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        cache = tmp_path_factory.mktemp("cache")
+        patch.setenv("XDG_CACHE_HOME", str(cache))
+        sizes = {name: value for name, value in vars(SMALL).items() if name != "seed"}
+        patch.setattr(quickstart, "Settings", partial(Settings, **sizes))
+        yield cache / "hf-unlearn" / "quickstart"
+
+
+@pytest.fixture(scope="module")
+def first(small_quickstart, tmp_path_factory) -> Run:
+    return call(tmp_path_factory.mktemp("first"), "--seed", str(SMALL.seed), "--json")
+
+
+@pytest.fixture(scope="module")
+def second(first, tmp_path_factory) -> Run:
+    return call(tmp_path_factory.mktemp("second") / "new" / "folder", "--seed", str(SMALL.seed), "--json")
+
+
+@pytest.fixture(scope="module")
+def people():
+    return split_people(make_people(SMALL.num_people, SMALL.seed), SMALL.num_forget)
+
+
+# ---- What comes out ----
+
+
+def test_it_forgets_what_the_twin_never_knew_and_keeps_the_rest(first):
+    assert first.code == 0
+    metrics = first.result["metrics"]
+    assert_forgotten(metrics)
+    for model in ("before", "after", "retain_only"):
+        assert metrics[model]["forget"]["rows"] == 10
+        assert metrics[model]["retain"]["rows"] == 50
+
+
+def test_second_run_comes_from_the_cache_and_gives_the_same(first, second):
+    assert second.code == 0
+    assert not first.result["from_cache"] and second.result["from_cache"]
+    for key in ("metrics", "samples", "settings", "retain_only_model"):
+        assert second.result[key] == first.result[key]
+    for name in ("base/model.safetensors", "model/model.safetensors", "data/forget.jsonl", "data/retain.jsonl"):
+        assert (second.folder / name).read_bytes() == (first.folder / name).read_bytes()
+
+
+@pytest.mark.parametrize("run", ["first", "second"])
+def test_files_are_those_promised_and_no_others(run, request):
+    folder = request.getfixturevalue(run).folder
+    assert files_in(folder) == FILES | ({"figures/before_after.png"} if HAS_MATPLOTLIB else set())
+
+
+def test_cache_holds_two_models_and_no_leftovers(first, second, small_quickstart):
+    (entry,) = small_quickstart.iterdir()
+    assert files_in(entry) == {f"{folder}/{name}" for folder in ("base", "retain_only") for name in MODEL_FILES}
+    assert first.result["retain_only_model"] == str(entry / "retain_only")
+
+
+def test_stdout_is_the_result_and_stderr_the_progress(first, second):
+    json.loads(first.stdout)
+    assert "Teaching a model 12 people" in first.stderr and "Teaching a model 10 people" in first.stderr
+    assert "Teaching" not in second.stderr
+    for run in (first, second):
+        assert "Forgetting 2 of them: 100%" in run.stderr
+        assert "warn" not in run.stderr.lower() and "Error" not in run.stderr
+
+
+def test_data_are_the_people(first, people):
+    for name, rows in zip(("forget", "retain"), people, strict=True):
+        lines = (first.folder / "data" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+        assert [json.loads(line) for line in lines] == rows
+
+
+def test_released_model_is_what_was_measured(first, people):
+    folder = first.folder / "model"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    metrics = first.result["metrics"]["after"]
+    # By hand, one row at a time: exp(-NLL / tokens) of the answer and the end of the text
+    for name, rows in zip(("forget", "retain"), people, strict=True):
+        probabilities = []
+        for row in rows:
+            prompt = tokenizer(row["question"])["input_ids"]
+            ids = tokenizer(f"{row['question']} {row['answer']}{tokenizer.eos_token}", return_tensors="pt")[
+                "input_ids"
+            ]
+            labels = ids.clone()
+            labels[:, : len(prompt)] = -100
+            with torch.no_grad():
+                probabilities.append(torch.exp(-model(input_ids=ids, labels=labels).loss).item())
+        assert sum(probabilities) / len(rows) == pytest.approx(metrics[name]["probability"], abs=1e-4)
+    measured = quickstart.measure(model, tokenizer, *people, SMALL)
+    for name in ("forget", "retain"):
+        assert measured[name]["probability"] == pytest.approx(metrics[name]["probability"], abs=1e-4)
+
+
+def test_models_answer_before_and_after(first):
+    samples = first.result["samples"]
+    assert [sample["set"] for sample in samples] == ["forget", "forget", "retain", "retain"]
+    assert all(sample["before"] == sample["answer"] for sample in samples)
+    for sample in samples:
+        assert (sample["after"] == sample["answer"]) == (sample["set"] == "retain")
+
+
+@pytest.mark.parametrize("place", ["", "model"])
+def test_report_and_card_describe_the_files_beside_them(first, place):
+    folder = first.folder / place
+    report = UnlearningReport.load(folder / "unlearning_report.json")
+    assert report.metrics.before == first.result["metrics"]["before"]
+    assert report.metrics.after == first.result["metrics"]["after"]
+    assert report.method.steps == SMALL.forgetting_epochs and report.footprint.relative_norm > 0
+    prefix = "" if place else "model/"
+    assert {file.path for file in report.files} == {prefix + name for name in MODEL_FILES}
+    for file in report.files:
+        assert hashlib.sha256((folder / file.path).read_bytes()).hexdigest() == file.sha256
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "library_name: transformers" in card
+    assert "reversible" not in card and "PeftModel" not in card
+    for text in (card, report.to_json()):
+        assert str(first.folder) not in text
+
+
+def test_neither_card_nor_vocabulary_nor_retain_rows_name_the_forgotten(first, people):
+    forget, _ = people
+    names = {part for row in forget for part in row["name"].split()} | {row["answer"] for row in forget}
+    released = [path for path in (first.folder / "model").iterdir() if path.suffix in (".json", ".md")]
+    texts = [path.read_text(encoding="utf-8") for path in (*released, first.folder / "data" / "retain.jsonl")]
+    assert not [name for name in names for text in texts if name in text]
+    tokenizer = AutoTokenizer.from_pretrained(first.folder / "model")
+    assert not names & {token.lstrip("Ġ") for token in tokenizer.get_vocab()}
+
+
+def test_text_says_it_at_once(first):
+    result = first.result
+    text = quickstart.as_text(result, SMALL)
+    values = [
+        [f"{result['metrics'][model][rows]['probability']:.3f}" for model in ("before", "after", "retain_only")]
+        for rows in ("forget", "retain")
+    ]
+    lines = text.splitlines()
+    assert "12 invented people was made to forget 2" in lines[0]
+    assert [line.split()[-3:] for line in lines[3:5]] == values
+    assert max(map(len, lines)) <= 119 + len(str(first.folder))
+    for sample in result["samples"]:
+        assert sample["question"] in text and (not sample["after"] or sample["after"] in text)
+
+
+def test_next_command_is_the_run_that_was_done(first, tmp_path):
+    text = quickstart.as_text({**first.result, "output_dir": str(tmp_path / "with space")}, SMALL)
+    start = text.index("hf-unlearn train --use_peft")
+    command = shlex.split(text[start : text.index("\n\n", start)].replace("\\\n", " "))
+    assert command[:2] == ["hf-unlearn", "train"]
+    data_args, args, model_args, _ = train.make_parser().parse(command[2:])
+    assert data_args.forget_dataset == str(tmp_path / "with space" / "data" / "forget.jsonl")
+    assert model_args.use_peft and model_args.lora_r == 8 and model_args.lora_target_modules == "all-linear"
+    assert (args.forget_loss, args.retain_loss, args.retain_loss_weights) == (["npo"], ["kl"], [3.0])
+    assert (args.beta, args.num_train_epochs, args.seed) == (0.3, SMALL.forgetting_epochs, SMALL.seed)
+
+
+# ---- The folder and the cache ----
+
+
+def test_earlier_output_is_overwritten_and_other_files_stay(first, second):
+    note = second.folder / "notes.txt"
+    note.write_text("mine")
+    (second.folder / "README.md").unlink()
+    again = call(second.folder, "--seed", str(SMALL.seed))
+    assert again.code == 0
+    assert "made to forget 2" in again.stdout and "came from the cache" in again.stdout
+    assert note.read_text() == "mine"
+    assert (second.folder / "README.md").is_file()
+
+
+def refused(run: Run) -> str:
+    assert run.code == 2
+    assert run.stdout == ""
+    assert run.stderr.startswith("Error: ") and run.stderr.count("\n") == 1
+    return run.stderr
+
+
+def test_folder_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "is a file" in refused(call(tmp_path / "file"))
+    assert "cannot be made" in refused(call(tmp_path / "file" / "below"))
+
+
+def test_folder_with_other_files_is_refused_and_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    assert "new or an empty folder" in refused(call(tmp_path))
+    assert files_in(tmp_path) == {"thesis.tex"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seed", "-1"], "must be 0 to"),
+        (["--seed", "first"], "invalid int value"),
+        (["--sed", "1"], "unrecognized arguments"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused(tmp_path, arguments, message):
+    assert message in refused(call(tmp_path / "new", *arguments))
+    assert not (tmp_path / "new").exists()
+
+
+def test_cache_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    run = call(tmp_path / "new")
+    assert run.code == 2
+    assert "set XDG_CACHE_HOME" in run.stderr.splitlines()[-1]
+
+
+def test_interrupted_run_leaves_nothing(small_quickstart, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    taught = []
+
+    def interrupt(rows, *args):
+        if taught:
+            raise KeyboardInterrupt
+        taught.append(len(rows))
+        return AutoModelForCausalLM.from_pretrained(next(small_quickstart.iterdir()) / "base")
+
+    monkeypatch.setattr(quickstart, "teach", interrupt)
+    run = call(tmp_path / "new")
+    assert run.code == 130
+    assert taught and files_in(tmp_path) == set()
+    assert list((tmp_path / "cache" / "hf-unlearn" / "quickstart").iterdir()) == []
+
+
+def test_run_that_was_overtaken_takes_what_is_there(first, small_quickstart, tmp_path, monkeypatch):
+    (entry,) = small_quickstart.iterdir()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = tmp_path / "hf-unlearn" / "quickstart" / entry.name
+
+    def overtaken(*args):
+        (folder / "base").mkdir(parents=True, exist_ok=True)
+        return AutoModelForCausalLM.from_pretrained(entry / "base")
+
+    monkeypatch.setattr(quickstart, "teach", overtaken)
+    rows = make_people(SMALL.num_people, SMALL.seed)
+    assert quickstart.find_or_make_models(rows, SMALL) == (str(folder), False)
+    assert list(folder.parent.iterdir()) == [folder] and files_in(folder) == set()
+
+
+def test_key_of_the_cache_changes_with_what_the_models_depend_on(monkeypatch):
+    def key(rows=None, **changes):
+        settings = Settings(**{**vars(SMALL), **changes})
+        return quickstart._cache_key(rows or make_people(12, settings.seed), settings)
+
+    keys = [key(), key(seed=4), key(hidden_size=32), key(teaching_steps=151), key(num_forget=3)]
+    keys.append(key(rows=make_people(12, 3)[:-1]))
+    assert len(set(keys)) == len(keys)
+    assert key(forgetting_epochs=1) == key()
+    monkeypatch.setattr(quickstart, "version", lambda name: "0.0")
+    assert key() not in keys
+
+
+# ---- Parts ----
+
+
+def test_figure_is_left_out_without_matplotlib(first, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "figures" / "before_after.png"
+    path.parent.mkdir()
+    path.write_bytes(b"of an earlier run")
+    monkeypatch.setattr(quickstart, "find_spec", lambda name: None)
+    assert quickstart.draw_figure(first.result["metrics"], str(path)) is None
+    assert not path.exists()
+    assert "hf-unlearn[plots]" in capsys.readouterr().err
+    assert "figures/" not in quickstart.as_text({**first.result, "figure": None}, SMALL)
+
+
+@pytest.mark.skipif(not HAS_MATPLOTLIB, reason="matplotlib is not installed")
+def test_figure_is_a_picture(first):
+    data = Path(first.result["figure"]).read_bytes()
+    assert data.startswith(b"\x89PNG") and len(data) > 5000
+
+
+def test_answer_holds_no_control_characters(first):
+    tokenizer = AutoTokenizer.from_pretrained(first.folder / "base")
+
+    class Model:
+        def generate(self, input_ids, **options):
+            noise = tokenizer("a\x1b[31m b\nc\u00e9", add_special_tokens=False, return_tensors="pt")["input_ids"]
+            return torch.cat([input_ids, noise], dim=1)
+
+    assert quickstart.reply(Model(), tokenizer, "Who?") == "a?[31m b c?"
+
+
+def test_settings_of_the_libraries_are_put_back():
+    import datasets
+    from transformers.utils import logging
+
+    def settings():
+        threads = torch.get_num_threads()
+        bars = logging.is_progress_bar_enabled(), datasets.are_progress_bars_disabled()
+        return threads, *bars, logging.get_verbosity()
+
+    before = settings()
+    with pytest.raises(RuntimeError), quickstart._quiet_libraries(), quickstart._one_thread():
+        assert settings() == (1, False, True, logging.ERROR)
+        raise RuntimeError
+    assert settings() == before
+
+
+def test_help_needs_no_torch():
+    code = (
+        "import sys\nfrom hf_unlearn.cli import main\n"
+        "try:\n    main(['quickstart', '--help'])\nexcept SystemExit as stop:\n    assert not stop.code\n"
+        "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'datasets', 'trl')))"
+    )
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
+    assert "--output_dir DIR" in process.stdout and "--seed N" in process.stdout
+
+
+# ---- Full size ----
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(5))
+def test_full_size(seed, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    run = call(tmp_path / "out", "--seed", str(seed), "--json")
+    assert run.code == 0
+    assert_forgotten(run.result["metrics"])
+    assert run.result["metrics"]["before"]["forget"]["probability"] >= 0.97
+    assert run.result["metrics"]["after"]["retain"]["probability"] >= 0.95

@@ -1,0 +1,127 @@
+# Copyright 2026 The hf-unlearn authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""A step costs no more than promised, and does the same work as a naive one: benchmarks/step_cost.py, asserted."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+SEED = 0
+CHECKPOINTED = "ours, checkpointed"
+
+
+def _load_benchmark() -> ModuleType:
+    # By path: `benchmarks` is no package, and an installed hf-unlearn does not have it
+    spec = importlib.util.spec_from_file_location("step_cost", BENCHMARKS / "step_cost.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # `dataclass` looks its module up
+    spec.loader.exec_module(module)
+    return module
+
+
+step_cost = _load_benchmark()
+
+
+@pytest.mark.parametrize("name", step_cost.CASES)
+def test_same_work_within_the_bounds(name: str) -> None:
+    case = step_cost.CASES[name]
+    results = step_cost.measure_case(case, SEED, "cpu", repeats=0, variants=["naive", "ours"])
+    for result in results.values():
+        assert result["flops"] == pytest.approx(result["flops_expected"], rel=1e-4)
+    ours = results["ours"]
+    assert ours["relative_difference"]["loss"] <= step_cost.TOLERANCE
+    assert ours["relative_difference"]["gradient"] <= step_cost.TOLERANCE
+    for quantity, ratio in ours["ratio"].items():
+        assert ratio <= case.bounds.get(quantity, 1.0), f"{quantity}: {ratio:.3f} of the naive step"
+
+
+@pytest.mark.parametrize("name", step_cost.CASES)
+def test_comparison_has_something_to_compare(name: str) -> None:
+    """At the reference itself the retain term of RMU has no gradient, and equality would say little."""
+    case = step_cost.CASES[name]
+    naive, moved = step_cost.NaiveStep(case, SEED, "cpu"), step_cost.NaiveStep(case, SEED, "cpu")
+    reference = step_cost.trained_matrices(moved.reference, case)
+    for parameter, original in zip(moved.matrices.values(), reference.values(), strict=True):
+        parameter.data.copy_(original)
+    differences = step_cost.relative_differences(moved, naive)
+    assert differences["gradient"] > 1e-2
+
+
+@pytest.mark.parametrize("name", step_cost.CASES)
+def test_checkpointing_runs_only_trained_layers_again(name: str) -> None:
+    """transformers makes the embeddings require a gradient, so that frozen layers would be run again too."""
+    case = step_cost.CASES[name]
+    flops = step_cost.count_flops(step_cost.VARIANTS[CHECKPOINTED](case, SEED, "cpu"))
+    assert sum(flops.values()) == pytest.approx(step_cost.expected_flops(case, CHECKPOINTED), rel=1e-4)
+
+
+def test_unequal_work_is_refused() -> None:
+    step_cost.require_equal({"loss": 0.0, "gradient": step_cost.TOLERANCE})
+    for difference in (2 * step_cost.TOLERANCE, float("nan")):
+        with pytest.raises(RuntimeError, match="The gradient differs"):
+            step_cost.require_equal({"loss": 0.0, "gradient": difference})
+
+
+def test_peak_memory_counts_storages_once_until_they_die() -> None:
+    with step_cost.PeakMemory() as memory:
+        a = torch.ones(256)  # 1 KiB
+        view = a.view(16, 16)[0]
+        b = a + 1
+        assert (memory.alive, memory.peak) == (2048, 2048)
+        del a
+        assert memory.alive == 2048, "a view keeps its storage"
+        del view, b
+        assert (memory.alive, memory.peak) == (0, 2048)
+        x = torch.ones(256, requires_grad=True)
+        (x * x).sum().backward()
+        assert memory.alive == 2048, "the parameter and its gradient"
+
+
+def test_readme_shows_the_stored_results() -> None:
+    stored = json.loads((BENCHMARKS / "results" / "step_cost_cpu.json").read_text(encoding="utf-8"))
+    readme = (BENCHMARKS / "README.md").read_text(encoding="utf-8")
+    assert step_cost.format_table(stored["cases"]) in readme
+    assert stored["command"] in readme
+    assert stored["machine"]["cpu"] in readme
+    for name, case in step_cost.CASES.items():
+        assert stored["bounds"][name] == case.bounds
+        for variant, result in stored["cases"][name].items():
+            assert result["flops_expected"] == step_cost.expected_flops(case, variant)
+        for quantity, bound in case.bounds.items():
+            assert stored["cases"][name]["ours"]["ratio"][quantity] <= bound
+
+
+@pytest.mark.slow
+def test_rmu_takes_at_most_half_the_time() -> None:
+    case = step_cost.CASES["rmu"]
+    steps = {name: step_cost.VARIANTS[name](case, SEED, "cpu") for name in ("naive", "ours")}
+    seconds = step_cost.measure_seconds(steps, repeats=11, device="cpu")
+    assert step_cost.ratio_of_pairs(seconds["ours"], seconds["naive"]) <= case.bounds["seconds"]
+
+
+@pytest.mark.slow
+def test_command_writes_table_and_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    path = tmp_path / "results.json"
+    monkeypatch.setattr(sys, "argv", ["step_cost.py", "--repeats", "1", "--json", str(path)])
+    step_cost.main()
+    results = json.loads(path.read_text(encoding="utf-8"))
+    assert step_cost.format_table(results["cases"]) in capsys.readouterr().out
+    assert str(tmp_path) not in path.read_text(encoding="utf-8")
