@@ -526,7 +526,7 @@ def as_text(result: dict[str, Any], settings: Settings) -> str:
         "",
         _train_command(result["output_dir"], settings),
         "",
-        "`hf-unlearn train --help` lists what else can be set.",
+        "`train --help` lists what else can be set.",
     ]
     return "\n".join(lines)
 
@@ -542,7 +542,9 @@ def _train_command(output_dir: str, settings: Settings) -> str:
         "output_dir": f"{output_dir.rstrip(os.sep)}-by-hand",
     }
     pieces = [f"--{name} {shlex.quote(str(value))}" for name, value in arguments.items()]
-    return " \\\n    ".join(["hf-unlearn train --use_peft", *pieces])
+    # `make` runs the command from a virtual environment that is not active
+    command = "hf-unlearn" if shutil.which("hf-unlearn") else os.path.relpath(f"{sys.prefix}/bin/hf-unlearn")
+    return " \\\n    ".join([f"{command} train --use_peft", *pieces])
 
 
 def _say(text: str) -> None:
