@@ -34,6 +34,13 @@ RUNS = {
     "rmu, truncated, swapped": {"settings": {**RMU, **SELECTED}},
     "npo, swapped": {"settings": {**NPO, **SELECTED}},
     "npo, second sharded model": {"settings": {**NPO, **SELECTED}, "separate_reference": True},
+    # bf16 parameters and fp32 gradients: two runs on two processes, compared with each other
+    "npo, swapped, mixed precision": {"settings": {**NPO, **SELECTED}, "mixed_precision": True},
+    "npo, second sharded model, mixed precision": {
+        "settings": {**NPO, **SELECTED},
+        "mixed_precision": True,
+        "separate_reference": True,
+    },
     # Weights, step and scale of the invariance table: both factors move, and the trajectory is not chaotic
     "npo, lora": {
         "settings": {
@@ -51,10 +58,10 @@ RUNS = {
 
 def specification(folder: Path, data_dir: Path, sharded: bool) -> Path:
     folder.mkdir()
-    defaults = {"separate_reference": False, "lora": False, "refused": False}
+    defaults = {"separate_reference": False, "lora": False, "mixed_precision": False, "refused": False}
     runs = [{"name": name, **defaults, **options} for name, options in RUNS.items()]
     if not sharded:
-        runs = [run for run in runs if not run["refused"]]
+        runs = [run for run in runs if not run["refused"] and not run["mixed_precision"]]
     spec = folder / "spec.json"
     spec.write_text(json.dumps({"runs": runs, "data": str(data_dir), "output": str(folder), "sharded": sharded}))
     return spec
@@ -82,7 +89,7 @@ def load(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
 
 
-@pytest.mark.parametrize("name", [name for name, options in RUNS.items() if not options.get("refused")])
+@pytest.mark.parametrize("name", [name for name in RUNS if name != "npo, norm" and "mixed precision" not in name])
 def test_sharded_training_equals_one_process(folders, name):
     expected, expected_record = load(folders["one"] / name)
     actual, actual_record = load(folders["two"] / name)
@@ -98,6 +105,17 @@ def test_sharded_training_equals_one_process(folders, name):
     # The footprint is summed over shards
     mine, theirs = float(actual_record["relative_norm"]), float(expected_record["relative_norm"])
     assert mine == pytest.approx(theirs, rel=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["", ", mixed precision"])
+def test_swapped_reference_equals_a_second_model(folders, precision):
+    mine, my_record = load(folders["two"] / f"npo, swapped{precision}")
+    separate, separate_record = load(folders["two"] / f"npo, second sharded model{precision}")
+    my_log, separate_log = json.loads(my_record["log"]), json.loads(separate_record["log"])
+    assert separate_log[-1]["forget/log_ratio"] < -5  # policy and reference differ: equality below says something
+    assert [entry["loss"] for entry in my_log] == [entry["loss"] for entry in separate_log]
+    for name in separate:
+        assert torch.equal(mine[name], separate[name]), name
 
 
 def test_swap_outside_the_layers_is_refused(folders):

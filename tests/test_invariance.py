@@ -18,8 +18,10 @@ Public code fails this table in several ways: retain rows drawn anew on every ra
 second forward around DDP's wrapper, control vectors that are not in the checkpoint.
 """
 
+import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import asdict
@@ -72,8 +74,11 @@ LAYOUTS = {
     },
 }
 
-# The reference by swap against a real second model, where both are told apart from the policy by training.
-REFERENCES = {"swap": "auto", "second model": "copy"}
+# The reference without a second model against a real one, where training tells both apart from the policy: initial
+# weights swapped in (selected layers) and the adapter disabled (LoRA), with their learning rates.
+REFERENCE_CASES = {"npo_layers": 0.1, "npo": 0.03}
+REFERENCES = {"none": "auto", "second model": "copy"}
+PRECISIONS = ("fp32", "bf16 autocast")
 
 
 def launch(script: Path, spec: Path) -> None:
@@ -97,13 +102,16 @@ def runs(data_dir, tmp_path_factory) -> dict:
         for layout, options in LAYOUTS.items():
             output = str(folder / f"{case}-{optim}-{layout.replace(' ', '_')}")
             table[case, optim, layout] = Run(case, optim, output=output, **settings, **options)
-    for reference, mode in REFERENCES.items():
-        for precision in ("fp32", "bf16 autocast"):
-            output = str(folder / f"{reference}-{precision}".replace(" ", "_"))
-            overrides = {"reference_mode": mode, "bf16": precision != "fp32"}
-            table["npo_layers", precision, reference] = Run(
-                "npo_layers", "sgd", 0.1, 1, 2, output=output, world_size=2, overrides=overrides
-            )
+    for case, reference, precision in itertools.product(REFERENCE_CASES, REFERENCES, PRECISIONS):
+        output = str(folder / f"{case}-{reference}-{precision}".replace(" ", "_"))
+        overrides = {"reference_mode": REFERENCES[reference], "bf16": precision != "fp32"}
+        table[case, precision, reference] = Run(
+            case, "sgd", REFERENCE_CASES[case], 1, 2, output=output, world_size=2, overrides=overrides
+        )
+    idle = {"case": "rmu_lora", "optim": "sgd", "learning_rate": 10.0, "lora_alpha": 1.0}
+    table["rmu_lora", "sgd", "one process"] = Run(**idle, output=str(folder / "idle_1"), **LAYOUTS["one process"])
+    layout = "two processes, checkpointing"
+    table["rmu_lora", "sgd", layout] = Run(**idle, output=str(folder / "idle_2"), **LAYOUTS[layout])
     for run in table.values():
         if run.world_size == 1:
             execute(run, str(data_dir))
@@ -161,12 +169,29 @@ def test_resuming_is_bit_exact(runs):
             assert torch.equal(actual[name], expected[name]), (case, optim, name)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16 autocast"])
-def test_swapped_reference_equals_a_second_model_under_ddp(runs, precision):
-    swapped, swapped_log = runs["npo_layers", precision, "swap"]
-    separate, separate_log = runs["npo_layers", precision, "second model"]
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("case", REFERENCE_CASES)
+def test_reference_equals_a_second_model_under_ddp(runs, case, precision):
+    mine, my_log = runs[case, precision, "none"]
+    separate, separate_log = runs[case, precision, "second model"]
     assert separate_log[-1]["forget/log_ratio"] < -5  # policy and reference differ: equality below says something
     assert separate_log[-1]["retain/kl"] > 1e-3
-    assert [entry["loss"] for entry in swapped_log] == [entry["loss"] for entry in separate_log]
+    assert [entry["loss"] for entry in my_log] == [entry["loss"] for entry in separate_log]
     for name in separate:
-        assert torch.equal(swapped[name], separate[name]), name
+        assert torch.equal(mine[name], separate[name]), name
+
+
+def test_adapters_above_the_hidden_layer_stay_and_do_not_stop_ddp(runs):
+    """A truncated forward leaves them without a gradient: DDP would wait for it, or silently skip the others."""
+    expected, _ = runs["rmu_lora", "sgd", "one process"]
+    actual, _ = runs["rmu_lora", "sgd", "two processes, checkpointing"]
+    moved = 0
+    for name in trained(expected):
+        start, end = expected[f"start/{name}"], expected[f"end/{name}"]
+        if int(re.search(r"layers\.(\d+)", name)[1]) > 2:
+            assert torch.equal(end, start) and torch.equal(actual[f"end/{name}"], start), name
+        else:
+            moved += 1
+            assert (end - start).norm() > 1e-3 * (1 + start.norm()), name
+            assert (actual[f"end/{name}"] - end).norm() <= 1e-4 * (end - start).norm(), name
+    assert moved == 3 * 7 * 2

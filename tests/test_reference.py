@@ -174,6 +174,20 @@ def test_swap_under_autocast(original, input_ids, kind, monkeypatch):
     assert not torch.allclose(reference_logits, expected, atol=1e-2)
 
 
+def test_disabled_adapter_under_autocast(original, input_ids):
+    second = copy.deepcopy(original)
+    model = lora(original).eval()
+    perturb(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        policy = logits(model, input_ids)
+        with DisabledAdapter().active(model) as reference, torch.no_grad():
+            reference_logits = logits(reference, input_ids)
+        assert torch.equal(logits(model, input_ids), policy)
+        with torch.no_grad():
+            assert torch.equal(reference_logits, logits(second, input_ids))
+    assert not torch.allclose(policy, reference_logits, atol=1e-2)
+
+
 def test_gradients_are_those_without_a_swap(original, input_ids):
     """The policy's backward reads its own weights, although others were in their place before its forward."""
     freeze_all_but(original, select_parameters(original, "1-3", ["mlp.down_proj"]))

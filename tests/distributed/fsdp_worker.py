@@ -39,12 +39,19 @@ def full(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def make_trainer(
-    settings: dict, data: Path, output_dir: str, sharded: bool, separate_reference: bool, lora: bool
+    settings: dict,
+    data: Path,
+    output_dir: str,
+    sharded: bool,
+    separate_reference: bool,
+    lora: bool,
+    mixed_precision: bool,
 ) -> UnlearnTrainer:
     folder = data / "tinystories-260k"
 
     def load() -> torch.nn.Module:
-        options = {"distributed_config": DistributedConfig(fsdp_size=2)} if sharded else {}
+        config = DistributedConfig(fsdp_size=2, fsdp_mixed_precision=mixed_precision) if sharded else None
+        options = {"distributed_config": config} if sharded else {}
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
 
     def rows(path: str, count: int):

@@ -58,6 +58,12 @@ CASES = {
         "trainable_layers": "1-3",
         "trainable_modules": ["mlp.down_proj"],
     },
+    "rmu_lora": {  # adapters on all layers, those above the hidden one idle
+        "forget_loss": ["rmu"],
+        "retain_loss": ["hidden_mse"],
+        "retain_loss_weights": [2.0],
+        "hidden_layer": 2,
+    },
     "rmu": {
         "forget_loss": ["rmu"],
         "retain_loss": ["hidden_mse"],
@@ -76,7 +82,7 @@ def make_trainer(run: Run, data: str, output_dir: str, max_steps: int) -> Unlear
     retain = load_dataset("json", data_files=os.path.join(data, "tofu/retain90.json"), split="train").select(range(7))
     set_seed(0)
     peft_config = None
-    if run.case == "npo":
+    if run.case in ("npo", "rmu_lora"):
         peft_config = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=4, lora_alpha=run.lora_alpha)
     args = UnlearnConfig(
         output_dir,
