@@ -219,7 +219,8 @@ def count_items(batch: Tensors) -> Tensor:
     """Sequences, predicted tokens and labelled positions of one batch: what `Loss.unit` is a mean over, `(3,)`."""
     labels = batch["labels"]
     positions = (labels != -100).sum()
-    return torch.stack([positions.new_tensor(labels.shape[0]), (labels[:, 1:] != -100).sum(), positions]).float()
+    sequences = torch.full_like(positions, labels.shape[0])  # filled on the device: no copy to wait for
+    return torch.stack([sequences, (labels[:, 1:] != -100).sum(), positions]).float()
 
 
 def _terms(names: list[str], table: dict[str, Loss], weights: list[float] | None) -> list[Term]:
