@@ -53,6 +53,20 @@ class TokenScores:
     stds: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class GeneratedTokens:
+    """
+    One answer as the model wrote it: its text, tokenized again, may be other tokens.
+
+    Attributes:
+        token_ids (`tuple[int, ...]`): token ids up to the EOS token, without it; may be empty.
+        eos_token_id (`int`, *optional*): the EOS token that ended the answer; `None` where its length did.
+    """
+
+    token_ids: tuple[int, ...]
+    eos_token_id: int | None
+
+
 def checked_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """
     The causal language model inside, its adapter layers in place. Call it in [`evaluation_mode`].
@@ -166,7 +180,33 @@ def generate_answers(
     progress: Callable[[int], None] = lambda count: None,
 ) -> list[str]:
     """
-    The model's greedy answers.
+    The texts of the model's greedy answers, as [`generate_tokens`] finds them.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): causal language model; with PEFT, the model inside.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): its tokenizer.
+        prompts (`Sequence[Sequence[int]]`): token ids, at least one each.
+        batch_size (`int`): prompts in one batch.
+        max_new_tokens (`int`): the longest answer, in tokens.
+        progress (`Callable[[int], None]`, *optional*): told how many prompts are done.
+
+    Returns:
+        `list[str]`: the text of each answer up to its EOS token, without special tokens.
+    """
+    generated = generate_tokens(model, tokenizer, prompts, batch_size, max_new_tokens, progress)
+    return [tokenizer.decode(answer.token_ids, skip_special_tokens=True) for answer in generated]
+
+
+def generate_tokens(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    batch_size: int,
+    max_new_tokens: int,
+    progress: Callable[[int], None] = lambda count: None,
+) -> list[GeneratedTokens]:
+    """
+    The model's greedy answers, in tokens.
 
     Prompts are padded on the left, whatever side the tokenizer pads, and the attention mask comes from their lengths.
     Whatever the model's own generation settings say besides its EOS tokens (sampling, penalties) is set aside.
@@ -180,14 +220,14 @@ def generate_answers(
         progress (`Callable[[int], None]`, *optional*): told how many prompts are done.
 
     Returns:
-        `list[str]`: the text of each answer up to its EOS token, without special tokens.
+        `list[GeneratedTokens]`: one for each prompt, in order.
     """
     eos_token_ids = _eos_token_ids(model, tokenizer)
     pad_token_id = next(iter(eos_token_ids), 0) if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     # Absolute positions end there. Most models have such a limit in their configuration, some have none.
     context = model.config.get_text_config().to_dict().get(_context_length_name(model))
     device = model.get_input_embeddings().weight.device
-    texts: list[str] = [""] * len(prompts)
+    answers: dict[int, GeneratedTokens] = {}
     for rows, new_tokens in _generation_batches(prompts, batch_size, max_new_tokens, context):
         width = max(len(prompts[row]) for row in rows)
         input_ids = torch.tensor([[pad_token_id] * (width - len(prompts[row])) + [*prompts[row]] for row in rows])
@@ -205,9 +245,9 @@ def generate_answers(
             output = model.generate(input_ids.to(device), attention_mask=attention_mask.to(device))
         for row, tokens in zip(rows, output[:, width:].tolist(), strict=True):
             end = next((position for position, token in enumerate(tokens) if token in eos_token_ids), len(tokens))
-            texts[row] = tokenizer.decode(tokens[:end], skip_special_tokens=True)
+            answers[row] = GeneratedTokens(tuple(tokens[:end]), tokens[end] if end < len(tokens) else None)
         progress(len(rows))
-    return texts
+    return [answers[row] for row in range(len(prompts))]
 
 
 def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
