@@ -15,15 +15,14 @@
 
 import hashlib
 import os
-import re
-from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from hf_unlearn.cards.interventions import CITATION, INTERVENTIONS, PAPER, SETTINGS
 from hf_unlearn.cards.losses import CITATIONS, describe_losses
-from hf_unlearn.cards.markdown import md_cell, md_code, md_escape
-from hf_unlearn.cards.report import REPORT_NAME, AttackResult, Metrics, UnlearningReport, write_text
+from hf_unlearn.cards.markdown import integer, md_cell, md_code, md_escape, number, share
+from hf_unlearn.cards.metric_table import KEPT, SETS, metric_columns, metric_rows, metric_words, words_for
+from hf_unlearn.cards.report import REPORT_NAME, AttackResult, UnlearningReport, write_text
 from hf_unlearn.cards.wrappers import PRISM, describe_wrappers, used_wrappers
 
 
@@ -35,119 +34,6 @@ CARD_NAME = "README.md"
 # By this sentence a card is known as one of ours.
 _ORIGIN = f"Every number here is rendered from `{REPORT_NAME}`"
 _MAX_MODULES = 20
-
-
-class Metric(NamedTuple):
-    """How a metric is called for a person, and what it means."""
-
-    label: str
-    words: str | None = None
-
-
-# In the order of a table. A metric that is not here is shown under its own name, after these.
-METRICS = {
-    "rows": Metric("Rows"),
-    "probability": Metric(
-        "Probability",
-        "the model's probability of the true answer, per token (geometric mean); with answers to choose from, its "
-        "share among them.",
-    ),
-    "rougeL_recall": Metric("ROUGE-L recall", "how much of the true answer stands in the model's own, greedy one."),
-    "exact_memorization": Metric(
-        "Exact memorisation",
-        "the share of the answer's tokens that the model names first, given the true text before.",
-    ),
-    "extraction_strength": Metric(
-        "Extraction strength",
-        "1 minus the smallest share of the answer that has to be given for the model to complete it exactly.",
-    ),
-    "truth_ratio": Metric(
-        "Truth ratio",
-        "r is the likelihood of wrong answers over that of a paraphrase of the true one. Forget set: the mean of "
-        "min(r, 1/r), 1 where the model cannot tell them apart. Other sets: the mean of max(0, 1 - r), 1 where it "
-        "knows which is true.",
-    ),
-    "forget_quality": Metric(
-        "Forget quality",
-        "the p-value of a Kolmogorov-Smirnov test between the truth ratios of this model and those of a model that "
-        "never saw the forget set; near 0 the two can be told apart.",
-    ),
-    "forget_quality_statistic": Metric(
-        "KS distance", "the statistic of that test: 0 where the truth ratios are alike, 1 where they never overlap."
-    ),
-    "model_utility": Metric(
-        "Model utility",
-        "the harmonic mean of probability, ROUGE-L recall and truth ratio, as far as they are here, over ",
-    ),
-    "loss": Metric("Loss", "the mean cross-entropy of the answer's tokens, in nats."),
-}
-
-# Forget-tokens in retain queries: where they stand, and what is compared. The tokens have numbers and no text.
-INSERTIONS = {
-    "choice": "a forget-token for an incorrect choice",
-    "question": "a forget-token before the question",
-    "answer_choices": "a forget-token before every choice",
-}
-SCORES = {
-    "letter_accuracy": Metric(
-        "Letter accuracy",
-        "the share of questions where the letter of the right choice, all of them listed in the prompt, is the "
-        "likeliest one, per token.",
-    ),
-    "text_accuracy": Metric(
-        "Text accuracy",
-        "the share of questions after which the right choice has the highest log-likelihood per token.",
-    ),
-    "probability": Metric("Probability", "the model's probability of the true answer, per token (geometric mean)."),
-    "token_accuracy": Metric(
-        "Token accuracy", "the share of the answer's tokens that the model names first, given the true text before."
-    ),
-}
-_INSERTION = re.compile(
-    rf"insertion_({'|'.join(INSERTIONS)})_token_([1-9]\d*)_"
-    rf"(?:({'|'.join(SCORES)})_(clean|perturbed|difference|reduction)|(rows|rows_skipped))"
-)
-_COMPARED = {
-    "clean": "clean",
-    "perturbed": "perturbed",
-    "difference": "perturbed minus clean",
-    "reduction": "reduction rate",
-    "rows": "Rows",
-    "rows_skipped": "Rows skipped",
-}
-
-SETS = {"forget": "forget set", "retain": "retain set", "real_authors": "real authors", "world_facts": "world facts"}
-_KEPT = [name for name in SETS if name != "forget"]
-
-
-def metric_label(metric: str) -> str | None:
-    """
-    How a metric is called for a person.
-
-    Args:
-        metric (`str`):
-            Its name in the report.
-
-    Returns:
-        `str` or `None`: `None` for a metric that has nothing but its own name.
-
-    Example:
-
-    ```python
-    >>> from hf_unlearn.cards.card import metric_label
-    >>> metric_label("insertion_question_token_2_letter_accuracy_perturbed")
-    'Letter accuracy, perturbed (token 2: a forget-token before the question)'
-
-    ```
-    """
-    if metric in METRICS:
-        return METRICS[metric].label
-    parts = _INSERTION.fullmatch(metric)
-    if parts is None:
-        return None
-    insertion, number, score, when, rows = parts.groups()
-    what = _COMPARED[rows] if rows else f"{SCORES[score].label}, {_COMPARED[when]}"
-    return f"{what} (token {number}: {INSERTIONS[insertion]})"
 
 
 def render_model_card(report: UnlearningReport) -> str:
@@ -216,11 +102,11 @@ def render_model_card(report: UnlearningReport) -> str:
             paper=PAPER,
             reveals_tokens=_reveals_tokens(report),
             modules=sorted(modules, key=lambda module: module.relative_norm, reverse=True)[:_MAX_MODULES],
-            metric_columns=_metric_columns(report.metrics),
-            metric_rows=_metric_rows(report.metrics),
-            metric_words=_metric_words(report.metrics),
+            metric_columns=metric_columns(report.metrics),
+            metric_rows=metric_rows(report.metrics),
+            metric_words=metric_words(report.metrics),
             set_names=SETS,
-            kept_sets=_words_for(name for name in _KEPT if report.metrics.after.get(name)),
+            kept_sets=words_for(name for name in KEPT if report.metrics.after.get(name)),
             citations=[
                 *([CITATION] if intervention else []),
                 *(CITATIONS[key] for key in dict.fromkeys(cited) if key),
@@ -344,110 +230,18 @@ def _attack_verdict(attacks: list[AttackResult]) -> str:
     if not figures:
         return f"{count}, none gave a recovery figure, so nothing is known about what comes back"
     worst = max(figures, key=lambda attack: attack.recovered)
-    return f"{count}, {md_code(worst.name)} brought back most, {_share(worst.recovered)}"
-
-
-def _metric_columns(metrics: Metrics) -> list[tuple[str, str, dict[str, float]]]:
-    """Set, `"before"` or `"after"`, and values, of every evaluation there is."""
-    stages = {"before": metrics.before, "after": metrics.after}
-    return [(name, when, sets[name]) for name in SETS for when, sets in stages.items() if sets.get(name)]
-
-
-def _metric_names(metrics: Metrics) -> list[str]:
-    """The metrics measured, in the order of the table. The ends of an interval are shown with their metric."""
-    measured = {metric: None for _, _, values in _metric_columns(metrics) for metric in values}
-    ends = {f"{metric}_ci_{end}" for metric in measured for end in ("low", "high")}
-    return [
-        *(metric for metric in METRICS if metric in measured),
-        *(metric for metric in measured if metric not in METRICS and metric not in ends),
-    ]
-
-
-def _metric_rows(metrics: Metrics) -> list[tuple[str, list[str]]]:
-    """One row per metric: its label and a cell for each of the columns."""
-    return [
-        (
-            metric_label(metric) or md_code(metric),
-            [_metric_cell(values, metric) for _, _, values in _metric_columns(metrics)],
-        )
-        for metric in _metric_names(metrics)
-    ]
-
-
-def _metric_cell(values: dict[str, float], metric: str) -> str:
-    if metric not in values:
-        return "–"
-    if metric == "rows" or (_INSERTION.fullmatch(metric) and metric.endswith(("_rows", "_rows_skipped"))):
-        return _integer(values[metric])
-    ends = [values.get(f"{metric}_ci_{end}") for end in ("low", "high")]
-    interval = "" if None in ends else f" [{_number(ends[0])}, {_number(ends[1])}]"
-    return _number(values[metric]) + interval
-
-
-def _metric_words(metrics: Metrics) -> list[str]:
-    """What the metrics of the table mean."""
-    words = {metric: METRICS[metric].words for metric in _metric_names(metrics) if metric in METRICS}
-    if "model_utility" in words:
-        words["model_utility"] += _utility_words(metrics)
-    sentences = [f"**{METRICS[metric].label}:** {text}" for metric, text in words.items() if text]
-    inserted = [parts for parts in map(_INSERTION.fullmatch, _metric_names(metrics)) if parts]
-    if inserted:
-        sentences.append(
-            "**Token 1, ...:** a word of the forget set that was inserted in the queries of the retain set. A model "
-            "whose unlearning acts like a backdoor loses there; the reduction rate is (clean - perturbed) / clean."
-        )
-    scores = dict.fromkeys(parts[3] for parts in inserted if parts[3])
-    return sentences + [f"**{SCORES[score].label}, clean and perturbed:** {SCORES[score].words}" for score in scores]
-
-
-def _utility_words(metrics: Metrics) -> str:
-    """The sets that the model utility is over. They differ with what was given, and may between before and after."""
-    over = {
-        when: _words_for(name for name in _KEPT if sets.get(name))
-        for when, sets in (("before", metrics.before), ("after", metrics.after))
-        if "model_utility" in sets.get("retain", {})
-    }
-    if len(set(over.values())) == 1:
-        return f"{[*over.values()][0]}."
-    return f"{over['before']} before, and over {over['after']} after: the two do not compare."
-
-
-def _words_for(sets: Iterable[str]) -> str:
-    """`"the retain set, real authors and world facts"`, or `"the retain set alone"`."""
-    names = [f"the {SETS[name]}" if name == "retain" else SETS[name] for name in sets]
-    if len(names) == 1:
-        return f"{names[0]} alone"
-    return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
-
-
-def _number(value: float | None) -> str:
-    if value is None:
-        return "–"
-    if value == 0:
-        return "0"
-    if abs(value) >= 999.5:
-        return f"{value:,.0f}"
-    return f"{value:#.3g}".rstrip(".")
-
-
-def _integer(value: float) -> str:
-    return f"{round(value):,}"
+    return f"{count}, {md_code(worst.name)} brought back most, {share(worst.recovered)}"
 
 
 def _value(value: float | int | str) -> str:
     """A value of a certificate: counts in full, measures to three digits."""
     if isinstance(value, str):
         return md_cell(md_code(value))
-    return _integer(value) if isinstance(value, int) else _number(value)
+    return integer(value) if isinstance(value, int) else number(value)
 
 
 def _percent(part: float, whole: float) -> str:
-    return f"{_number(100 * part / whole)}%"
-
-
-def _share(recovered: float | None) -> str:
-    # Clipped for display only: the report keeps what was measured.
-    return "–" if recovered is None else f"{100 * min(max(recovered, 0.0), 1.0):.1f}%"
+    return f"{number(100 * part / whole)}%"
 
 
 def _yaml(values: dict[str, Any]) -> str:
@@ -471,11 +265,11 @@ def _environment() -> "jinja2.Environment":
         "md_escape": md_escape,
         "md_code": md_code,
         "md_cell": md_cell,
-        "number": _number,
-        "integer": _integer,
+        "number": number,
+        "integer": integer,
         "value": _value,
         "percent_of": _percent,
-        "share": _share,
+        "share": share,
         "yaml": _yaml,
         "without_none": lambda values: {name: value for name, value in values.items() if value is not None},
     }

@@ -32,3 +32,24 @@ def md_code(text: str) -> str:
 def md_cell(markdown: str) -> str:
     """Keep Markdown that is already escaped within its table cell. In tables, this holds for code spans too."""
     return markdown.replace("|", r"\|")
+
+
+def number(value: float | None) -> str:
+    """A measure to three digits, large ones as integers; a dash for none."""
+    if value is None:
+        return "–"
+    if value == 0:
+        return "0"
+    if abs(value) >= 999.5:
+        return f"{value:,.0f}"
+    return f"{value:#.3g}".rstrip(".")
+
+
+def integer(value: float) -> str:
+    """A count in full."""
+    return f"{round(value):,}"
+
+
+def share(recovered: float | None) -> str:
+    """A share in percent, clipped for display only: the report keeps what was measured."""
+    return "–" if recovered is None else f"{100 * min(max(recovered, 0.0), 1.0):.1f}%"

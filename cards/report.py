@@ -15,16 +15,14 @@
 
 import hashlib
 import json
-import math
-import operator
 import os
 import re
-import types
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from functools import cache
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, SupportsFloat, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal
+
+from hf_unlearn.cards.validation import validated
 
 
 SCHEMA_VERSION = 1
@@ -49,8 +47,9 @@ RelativePath = Annotated[
     "a relative path with forward slashes and without '..'",
 ]
 Sha256 = Annotated[str, re.compile(r"[0-9a-f]{64}"), "64 hexadecimal digits"]
-# What is to go, what is to stay, and the two sets of common knowledge that model utility is measured on as well.
-SetName = Literal["forget", "retain", "real_authors", "world_facts"]
+# What is to go, what is to stay, the two sets of common knowledge that model utility is measured on as well, and the
+# prompts that should and should not be refused.
+SetName = Literal["forget", "retain", "real_authors", "world_facts", "harmful", "harmless"]
 
 
 @dataclass
@@ -150,17 +149,35 @@ class Footprint:
 @dataclass
 class Metrics:
     """
-    Evaluation before and after: set -> metric -> value, the number of rows under the key `"rows"`, the ends of the
-    95 % interval of a metric under its name with `_ci_low` and `_ci_high`.
+    Evaluation before and after, and of a model that never saw the forget set (`control`): set -> metric -> value, the
+    number of rows under the key `"rows"`, the ends of the 95 % interval of a metric under its name with `_ci_low` and
+    `_ci_high`.
     """
 
     before: dict[SetName, dict[Name, float]] = field(default_factory=dict)
     after: dict[SetName, dict[Name, float]] = field(default_factory=dict)
+    control: dict[SetName, dict[Name, float]] = field(default_factory=dict)
+
+
+@dataclass
+class CurvePoint:
+    """The forget score of each model at one value of the setting that an attack's curve runs over."""
+
+    at: float
+    unlearned: float
+    original: float | None
+    control: float | None
 
 
 @dataclass
 class AttackResult:
-    """What one attack brought back. `reason` says why `recovered` or a score is null."""
+    """
+    What one attack brought back. `reason` says why `recovered` or a score is null.
+
+    `budget` are the settings of the attacker's best trial, of `trials` in all; `tried` has the values of each setting
+    that differed between them. `curve` runs over the setting `axis`, the best of the others at each point. `seconds`
+    is what the attack on the unlearned model took.
+    """
 
     name: Name
     budget: dict[Name, float | int | str]
@@ -172,6 +189,38 @@ class AttackResult:
     score_control_attacked: float | None
     utility_after: float | None
     reason: str | None = None
+    seed: int = 0
+    trials: int = 0
+    tried: dict[Name, list[float | int | str]] = field(default_factory=dict)
+    axis: Name | None = None
+    curve: list[CurvePoint] = field(default_factory=list)
+    seconds: float | None = None
+
+
+@dataclass
+class Rule:
+    """One threshold, what was measured, and whether it holds; `None` where nothing was measured."""
+
+    name: Name
+    bound: float
+    measured: float | None
+    holds: bool | None
+
+
+@dataclass
+class Verdict:
+    """
+    The outcome that the thresholds, declared before the first attack, give by rule.
+
+    `missing` are the required attacks and measurements that there are none of; `not_run` are all attacks that were not
+    run, required or not.
+    """
+
+    outcome: Literal["suppressed", "not_suppressed", "comes_back", "utility_lost", "gibberish", "undecided"]
+    rules: list[Rule]
+    missing: list[str]
+    not_run: list[Name]
+    thresholds_sha256: Sha256
 
 
 @dataclass
@@ -223,6 +272,7 @@ class UnlearningReport:
         footprint ([`Footprint`], *optional*): How far the weights moved.
         metrics ([`Metrics`], *optional*): Evaluation before and after.
         attacks (`list[AttackResult]`, *optional*): Attacks that were run, failures included.
+        verdict ([`Verdict`], *optional*): What the thresholds say of it.
         certificates (`list[Certificate]`, *optional*): Bounds that hold for certain.
         environment ([`Environment`]): Where the run took place.
         files (`list[FileEntry]`, *optional*): The released files. The model card is rendered from the report, so
@@ -270,6 +320,7 @@ class UnlearningReport:
     footprint: Footprint | None = None
     metrics: Metrics = field(default_factory=Metrics)
     attacks: list[AttackResult] = field(default_factory=list)
+    verdict: Verdict | None = None
     certificates: list[Certificate] = field(default_factory=list)
     environment: Environment = field(kw_only=True)
     files: list[FileEntry] = field(default_factory=list)
@@ -335,7 +386,7 @@ def hash_files(folder: str | os.PathLike, names: Iterable[str]) -> list[FileEntr
     """
     entries = []
     for name in names:
-        name = _validated(name, RelativePath, "name")
+        name = validated(name, RelativePath, "name")
         with open(Path(folder, name), "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             # Of the open file, so that size and hash are those of the same bytes.
@@ -363,7 +414,7 @@ def _validated_report(content: Any) -> UnlearningReport:
     values = vars(content) if isinstance(content, UnlearningReport) else content
     # The version comes first: keys that a newer schema added are no reason to complain about keys.
     if isinstance(values, dict) and "schema_version" in values:
-        version = _validated(values["schema_version"], int, "schema_version")
+        version = validated(values["schema_version"], int, "schema_version")
         if version > SCHEMA_VERSION:
             raise ValueError(
                 f"this report has schema version {version}; this hf-unlearn reads up to {SCHEMA_VERSION}: "
@@ -371,105 +422,4 @@ def _validated_report(content: Any) -> UnlearningReport:
             )
         if version < 1:
             raise ValueError(f"schema_version: expected 1 to {SCHEMA_VERSION}, got {version}")
-    return _validated(values, UnlearningReport, "")
-
-
-@cache
-def _hints(cls: type) -> dict[str, Any]:
-    return get_type_hints(cls, include_extras=True)
-
-
-def _validated(value: Any, hint: Any, path: str) -> Any:
-    """
-    Return a copy of `value` that has the type `hint` all the way down, dataclasses in the place of dicts.
-
-    Messages name the field at fault and the type found there, never a text: a report that is refused may hold one
-    that must not be repeated.
-    """
-    origin = get_origin(hint)
-    if is_dataclass(hint):
-        return _validated_object(value, hint, path)
-    if origin is list:
-        if not isinstance(value, list):
-            raise _unfit(path, "a list", value)
-        return [_validated(item, get_args(hint)[0], f"{path}[{index}]") for index, item in enumerate(value)]
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise _unfit(path, "an object", value)
-        key_hint, value_hint = get_args(hint)
-        keys = [_validated(key, key_hint, f"a key of {path}") for key in value]
-        return {
-            key: _validated(item, value_hint, f"{path}.{key}") for key, item in zip(keys, value.values(), strict=True)
-        }
-    if origin is Annotated:
-        text_hint, pattern, meaning = get_args(hint)
-        text = _validated(value, text_hint, path)
-        if not pattern.fullmatch(text):
-            raise ValueError(f"{path}: expected {meaning}")
-        return text
-    if origin is Literal:
-        if not isinstance(value, str) or value not in get_args(hint):
-            raise ValueError(f"{path}: expected {' or '.join(map(repr, get_args(hint)))}")
-        return value
-    if origin in (Union, types.UnionType):
-        return _validated_union(value, get_args(hint), path)
-    return _validated_scalar(value, hint, path)
-
-
-def _validated_object(value: Any, cls: type, path: str) -> Any:
-    if isinstance(value, cls):
-        value = vars(value)
-    if not isinstance(value, dict):
-        raise _unfit(path or "the report", "an object", value)
-    prefix = f"{path}." if path else ""
-    names = [spec.name for spec in fields(cls)]
-    for key in value:
-        if key not in names:
-            raise ValueError(f"unknown key {prefix + str(key)!r}")
-    for name in names:
-        if name not in value:
-            raise ValueError(f"missing key {prefix + name!r}")
-    return cls(**{name: _validated(value[name], _hints(cls)[name], prefix + name) for name in names})
-
-
-def _validated_union(value: Any, members: tuple[Any, ...], path: str) -> Any:
-    if value is None and types.NoneType in members:
-        return None
-    if isinstance(value, bool) and bool in members:
-        return value
-    # Several scalar types: the value's own. What has none of them, such as a NumPy scalar, has to pass as the first.
-    members = [member for member in members if member is not types.NoneType]
-    own = [kind for kind in (int, str) if kind in members and isinstance(value, kind)]
-    return _validated(value, (own or members)[0], path)
-
-
-def _validated_scalar(value: Any, kind: type, path: str) -> Any:
-    if kind is str:
-        # One printable line: no line break that could open a block in the card, no invisible or unencodable character.
-        if not isinstance(value, str) or not value.isprintable():
-            raise _unfit(path, "one line of printable text", value)
-        return value
-    if isinstance(value, bool):
-        raise _unfit(path, "a number", value)
-    if kind is int:
-        try:
-            number = operator.index(value)
-        except TypeError:
-            raise _unfit(path, "an integer", value) from None
-        if not -(2**63) <= number < 2**63:
-            raise ValueError(f"{path}: expected an integer of 64 bits")
-        return number
-    if not isinstance(value, SupportsFloat):
-        raise _unfit(path, "a number", value)
-    try:
-        number = float(value)
-    except (TypeError, ValueError, RuntimeError, OverflowError):
-        # A tensor with several elements, or an integer beyond the range of a float.
-        raise _unfit(path, "a number", value) from None
-    if not math.isfinite(number):
-        raise ValueError(f"{path}: expected a finite number, got {number}")
-    return number
-
-
-def _unfit(path: str, expected: str, value: Any) -> ValueError:
-    return ValueError(f"{path}: expected {expected}, got {type(value).__name__}")
+    return validated(values, UnlearningReport, "")

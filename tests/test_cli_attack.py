@@ -106,10 +106,10 @@ def test_values_per_row_are_private_and_nothing_else_holds_text(files, known_mod
     assert main(arguments(files, known_model, known_model, *options)) == 0
     private = tmp_path / "out" / "private"
     assert stat.S_IMODE(os.stat(private).st_mode) == 0o700
-    rows = [json.loads(line) for line in (private / "attack_paraphrase_small.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (private / "attack_paraphrase_small_seed0.jsonl").read_text().splitlines()]
     assert {row["model"] for row in rows} == {"unlearned", "original", "control"}
     assert all(len(row["rows"]) == 6 and all(0 <= value <= 1 for value in row["rows"]) for row in rows)
-    text = report.read_text() + (private / "attack_paraphrase_small.jsonl").read_text()
+    text = report.read_text() + (private / "attack_paraphrase_small_seed0.jsonl").read_text()
     for line in open(files["forget"], encoding="utf-8"):
         assert json.loads(line)["answer"] not in text and json.loads(line)["question"] not in text
 

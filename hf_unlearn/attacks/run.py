@@ -13,11 +13,16 @@
 # limitations under the License.
 """Running attacks: the attacker's best trial, the same on the original and on a control, and what came back."""
 
-from dataclasses import dataclass
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from hf_unlearn.cards.report import AttackResult
+from transformers import PreTrainedTokenizerBase
 
+from hf_unlearn.cards.report import AttackResult, CurvePoint
+
+from ..metrics.cache import ScoreCache, fingerprint_rows, fingerprint_tokenizer
 from .base import Attack, AttackData, Attacked, Trial, trial_as_it_stands
 from .not_applicable import NotApplicable
 
@@ -38,6 +43,8 @@ class AttackSpecification:
         function ([`~hf_unlearn.attacks.base.Attack`]): the attack.
         budgets (`dict[str, dict[str, Any]]`): its settings by budget: `small`, `standard`, `large`.
         summary (`str`): what it does, in one line.
+        varies (`tuple[str, ...]`): the settings in which its trials differ.
+        axis (`str`, *optional*): the one of them, a number, along which its curve runs.
         needs_control (`bool`): whether it elicits arbitrary text from any model, so that without a control it says
             nothing.
     """
@@ -45,7 +52,68 @@ class AttackSpecification:
     function: Attack
     budgets: dict[str, dict[str, Any]]
     summary: str
+    varies: tuple[str, ...] = ()
+    axis: str | None = None
     needs_control: bool = False
+
+
+class TrialCache:
+    """
+    The trials of attacks, kept by all that they depend on: an original that several unlearned models are compared with
+    is attacked once, and a killed command goes on where it was.
+
+    Args:
+        data ([`~hf_unlearn.attacks.base.AttackData`]): the rows of all attacks.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): the models' tokenizer.
+        scores ([`~hf_unlearn.metrics.cache.ScoreCache`], *optional*): where they are kept; in memory where unset.
+    """
+
+    def __init__(self, data: AttackData, tokenizer: PreTrainedTokenizerBase, scores: ScoreCache | None = None):
+        self.data = data
+        self.scores = ScoreCache() if scores is None else scores
+        self._key = {
+            "train": fingerprint_rows(data.train),
+            "held_out": fingerprint_rows(data.held_out),
+            "retain": fingerprint_rows(data.retain),
+            "tokens": fingerprint_tokenizer(tokenizer, data.args),
+            "batch_size": data.batch_size,
+        }
+
+    def standing(self, attacked: Attacked) -> Trial:
+        """The scores of a model as it stands."""
+        [trial], _ = self._trials(attacked, {}, lambda: [trial_as_it_stands(attacked, self.data, {})])
+        return trial
+
+    def attack(
+        self, name: str, function: Attack, settings: dict[str, Any], attacked: Attacked, seed: int
+    ) -> tuple[list[Trial], float]:
+        """
+        The trials of an attack, and the seconds that they took when they were made.
+
+        Raises:
+            `ValueError`: what the attack raises; nothing is kept of it.
+        """
+        key = {"attack": name, "settings": settings, "seed": seed}
+        return self._trials(attacked, key, lambda: function(attacked, self.data, settings, seed))
+
+    def _trials(
+        self, attacked: Attacked, key: dict[str, Any], compute: Callable[[], list[Trial]]
+    ) -> tuple[list[Trial], float]:
+        key = {
+            **self._key,
+            **key,
+            "model": self.scores.fingerprint(attacked.model),
+            "original": self.scores.fingerprint(attacked.original),
+            "device": attacked.model.device.type,
+        }
+
+        def value() -> dict[str, Any]:
+            start = time.perf_counter()
+            trials = [asdict(trial) for trial in compute()]
+            return {"trials": trials, "seconds": round(time.perf_counter() - start, 2)}
+
+        kept = self.scores.get(key, value)
+        return [Trial(**trial) for trial in kept["trials"]], kept["seconds"]
 
 
 def best_trial(trials: list[Trial], utility_before: float, floor: float = UTILITY_FLOOR) -> Trial:
@@ -113,6 +181,7 @@ def run_attack(
     control: Attacked | None,
     data: AttackData,
     seed: int,
+    cache: TrialCache | None = None,
 ) -> tuple[AttackResult, dict[str, list[Trial]]]:
     """
     Runs an attack on the unlearned model, the original and the control.
@@ -128,30 +197,33 @@ def run_attack(
         control ([`~hf_unlearn.attacks.base.Attacked`], *optional*): a model that never saw the facts.
         data ([`~hf_unlearn.attacks.base.AttackData`]): the rows.
         seed (`int`): seed.
+        cache ([`TrialCache`], *optional*): of the same rows; what it holds is not run again.
 
     Returns:
         `tuple[AttackResult, dict[str, list[Trial]]]`: the entry of the report, and all trials of `unlearned`,
         `original` and `control`, with values per row, which are private.
     """
+    cache = TrialCache(data, unlearned.tokenizer) if cache is None else cache
     settings = specification.budgets[budget]
-    before = trial_as_it_stands(unlearned, data, {})
+    before = cache.standing(unlearned)
+    trials: dict[str, list[Trial]] = {}
     try:
-        trials = {"unlearned": specification.function(unlearned, data, settings, seed)}
+        trials["unlearned"], seconds = cache.attack(name, specification.function, settings, unlearned, seed)
     except ValueError as reason:  # not applicable, a missing package, rows of another kind: the others go on
-        return _not_run(name, budget, before, str(reason)), {}
+        return _not_run(name, budget, seed, before, str(reason)), {}
     utilities = {"unlearned": before.utility}
     original = Attacked(unlearned.original, unlearned.tokenizer, unlearned.original)
     for role, attacked in (("original", original), ("control", control)):
         if attacked is None:
             trials[role], utilities[role] = [before], before.utility
             continue
-        standing = trial_as_it_stands(attacked, data, {})
+        standing = cache.standing(attacked)
         utilities[role] = standing.utility
         try:
-            trials[role] = specification.function(attacked, data, settings, seed)
+            trials[role], _ = cache.attack(name, specification.function, settings, attacked, seed)
         except NotApplicable:  # an adapter to remove, say, which only the unlearned model has
             trials[role] = [standing]
-    best = {key: best_trial(trials[key], utilities[key]) for key in trials}
+    best = {role: best_trial(trials[role], utilities[role]) for role in trials}
     share, reason = recovered(best["unlearned"].score, best["original"].score, best["control"].score)
     return AttackResult(
         name=name,
@@ -164,10 +236,63 @@ def run_attack(
         score_control_attacked=best["control"].score,
         utility_after=best["unlearned"].utility,
         reason=reason,
+        seed=seed,
+        trials=len(trials["unlearned"]),
+        tried=_tried(specification.varies, trials["unlearned"]),
+        axis=specification.axis,
+        curve=recovery_curve(specification.axis, trials, utilities) if specification.axis else [],
+        seconds=seconds,
     ), trials
 
 
-def _not_run(name: str, budget: str, before: Trial, reason: str) -> AttackResult:
+def recovery_curve(axis: str, trials: dict[str, list[Trial]], utilities: dict[str, float]) -> list[CurvePoint]:
+    """
+    The forget score of each model along one setting: at each of its values the best trial, chosen as
+    [`best_trial`] does.
+
+    Args:
+        axis (`str`): name of the setting, a number; trials without it are not on the curve.
+        trials (`dict[str, list[Trial]]`): of `unlearned`, `original` and `control`.
+        utilities (`dict[str, float]`): utility of each before the attack.
+
+    Returns:
+        `list[CurvePoint]`: by increasing value; `None` where the original or the control has no such trial.
+
+    Example:
+
+    ```python
+    >>> from hf_unlearn.attacks.base import Trial
+    >>> from hf_unlearn.attacks.run import recovery_curve
+    >>> trials = [Trial({"step": 5, "rate": rate}, score, 0.9) for rate, score in ((1, 0.3), (2, 0.4))]
+    >>> recovery_curve("step", {"unlearned": trials, "original": trials, "control": [Trial({}, 0.1, 0.9)]},
+    ...                {"unlearned": 1.0, "original": 1.0, "control": 1.0})
+    [CurvePoint(at=5, unlearned=0.4, original=0.4, control=None)]
+
+    ```
+    """
+
+    def score(role: str, at: float) -> float | None:
+        there = [trial for trial in trials[role] if trial.settings.get(axis) == at]
+        return best_trial(there, utilities[role]).score if there else None
+
+    values = {trial.settings.get(axis) for trial in trials["unlearned"]}
+    values = {value for value in values if isinstance(value, (int, float))}  # a layer may be "best"
+    return [
+        CurvePoint(at, *(score(role, at) for role in ("unlearned", "original", "control"))) for at in sorted(values)
+    ]
+
+
+def _tried(varies: tuple[str, ...], trials: list[Trial]) -> dict[str, list[float | int | str]]:
+    """The values of each setting that was varied, in the order in which they were tried."""
+    values = {name: [trial.settings.get(name) for trial in trials] for name in varies}
+    return {
+        name: list(dict.fromkeys(value for value in own if value is not None))
+        for name, own in values.items()
+        if any(value is not None for value in own)
+    }
+
+
+def _not_run(name: str, budget: str, seed: int, before: Trial, reason: str) -> AttackResult:
     return AttackResult(
         name=name,
         budget={"budget": budget},
@@ -179,6 +304,7 @@ def _not_run(name: str, budget: str, before: Trial, reason: str) -> AttackResult
         score_control_attacked=None,
         utility_after=None,
         reason=reason,
+        seed=seed,
     )
 
 

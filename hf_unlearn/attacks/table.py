@@ -37,62 +37,111 @@ from .run import AttackSpecification
 
 ATTACKS = {
     "relearn": AttackSpecification(
-        relearn.relearn, relearn.BUDGETS, "fine-tune on some forget rows, at several learning rates; ask for others"
+        relearn.relearn,
+        relearn.BUDGETS,
+        "fine-tune on some forget rows, at several learning rates; ask for others",
+        varies=("method", "learning_rate", "samples", "step"),
+        axis="step",
     ),
     "benign_finetune": AttackSpecification(
-        benign_finetune.benign_finetune, benign_finetune.BUDGETS, "fine-tune on rows to keep"
+        benign_finetune.benign_finetune,
+        benign_finetune.BUDGETS,
+        "fine-tune on rows to keep",
+        varies=("method", "learning_rate", "samples", "step"),
+        axis="step",
     ),
     "prefill": AttackSpecification(
-        prefill.prefill, prefill.BUDGETS, "give the first tokens of the answer, or a prefix, and score the rest"
+        prefill.prefill,
+        prefill.BUDGETS,
+        "give the first tokens of the answer, or a prefix, and score the rest",
+        varies=("answer_tokens", "prefix"),
+        axis="answer_tokens",
     ),
     "paraphrase": AttackSpecification(
-        paraphrase.paraphrase, paraphrase.BUDGETS, "ask in other words, frames and languages; the worst counts"
+        paraphrase.paraphrase,
+        paraphrase.BUDGETS,
+        "ask in other words, frames and languages; the worst counts",
+        varies=("template",),
     ),
-    "few_shot": AttackSpecification(few_shot.few_shot, few_shot.BUDGETS, "show other forget rows in the prompt first"),
+    "few_shot": AttackSpecification(
+        few_shot.few_shot,
+        few_shot.BUDGETS,
+        "show other forget rows in the prompt first",
+        varies=("demonstrations", "draw"),
+        axis="demonstrations",
+    ),
     "sampling_leak": AttackSpecification(
         sampling_leak.sampling_leak,
         sampling_leak.BUDGETS,
         "sample many answers and count those that leak",
         needs_control=True,  # a share of samples, which no probability can be compared with
+        varies=("samples",),
     ),
-    "quantize": AttackSpecification(quantize.quantize, quantize.BUDGETS, "round the weights to INT8 and INT4"),
-    "weight_noise": AttackSpecification(weight_noise.weight_noise, weight_noise.BUDGETS, "add noise to the weights"),
+    "quantize": AttackSpecification(
+        quantize.quantize, quantize.BUDGETS, "round the weights to INT8 and INT4", varies=("format",)
+    ),
+    "weight_noise": AttackSpecification(
+        weight_noise.weight_noise,
+        weight_noise.BUDGETS,
+        "add noise to the weights",
+        varies=("sigma", "draw"),
+        axis="sigma",
+    ),
     "activation_noise": AttackSpecification(
-        activation_noise.activation_noise, activation_noise.BUDGETS, "add noise to one layer's residual stream"
+        activation_noise.activation_noise,
+        activation_noise.BUDGETS,
+        "add noise to one layer's residual stream",
+        varies=("layer", "radius"),
+        axis="radius",
     ),
     "latent_pgd": AttackSpecification(
         latent_pgd.latent_pgd,
         latent_pgd.BUDGETS,
         "the best small change of the residual stream towards the answer",
         needs_control=True,
+        varies=("layer", "radius"),
+        axis="radius",
     ),
     "soft_prompt": AttackSpecification(
         soft_prompt.soft_prompt,
         soft_prompt.BUDGETS,
         "learn free embeddings that elicit some forget rows; ask for others",
         needs_control=True,
+        varies=("learning_rate", "steps", "num_embeddings"),
+        axis="steps",
     ),
     "gcg": AttackSpecification(
-        gcg.gcg, gcg.BUDGETS, "search for a suffix of tokens (needs nanogcg)", needs_control=True
+        gcg.gcg, gcg.BUDGETS, "search for a suffix of tokens (needs nanogcg)", needs_control=True, varies=("steps",)
     ),
     "direction_ablation": AttackSpecification(
         direction_ablation.direction_ablation,
         direction_ablation.BUDGETS,
         "take the direction in which hidden states moved out of all weights that write it",
+        varies=("direction", "layer"),
     ),
     "logit_lens": AttackSpecification(
-        logit_lens.logit_lens, logit_lens.BUDGETS, "decode each layer's residual stream"
+        logit_lens.logit_lens,
+        logit_lens.BUDGETS,
+        "decode each layer's residual stream",
+        varies=("layer",),
+        axis="layer",
     ),
     "linear_probe": AttackSpecification(
         linear_probe.linear_probe,
         linear_probe.BUDGETS,
         "train a probe on hidden states, against shuffled labels",
         needs_control=True,
+        varies=("layer",),
+        axis="layer",
     ),
     "adapter_removal": AttackSpecification(
         adapter_removal.adapter_removal, adapter_removal.BUDGETS, "drop the adapter"
     ),
     "interpolation": AttackSpecification(
-        interpolation.interpolation, interpolation.BUDGETS, "mix the weights with those of the original"
+        interpolation.interpolation,
+        interpolation.BUDGETS,
+        "mix the weights with those of the original",
+        varies=("a",),
+        axis="a",
     ),
 }

@@ -31,7 +31,8 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from hf_unlearn.cards.card import SETS, update_model_card
+from hf_unlearn.cards.card import update_model_card
+from hf_unlearn.cards.metric_table import SETS
 from hf_unlearn.cards.report import REPORT_NAME, UnlearningReport
 
 from . import UsageError, run

@@ -19,7 +19,7 @@ import textwrap
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from hf_unlearn.cards.card import INSERTIONS, METRICS, SCORES, SETS, metric_label
+from hf_unlearn.cards.metric_table import INSERTIONS, METRICS, SCORES, SETS, metric_label
 
 
 if TYPE_CHECKING:

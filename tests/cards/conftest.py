@@ -20,6 +20,7 @@ from hf_unlearn.cards import (
     AttackResult,
     BaseModel,
     Certificate,
+    CurvePoint,
     Data,
     DataSummary,
     Environment,
@@ -29,8 +30,10 @@ from hf_unlearn.cards import (
     Method,
     Metrics,
     ModuleFootprint,
+    Rule,
     Scope,
     UnlearningReport,
+    Verdict,
 )
 
 
@@ -66,6 +69,7 @@ REPORT = UnlearningReport(
     metrics=Metrics(
         before={"forget": {"probability": 0.912, "rows": 40.0}, "retain": {"probability": 0.88, "rows": 360.0}},
         after={"forget": {"probability": 0.01234, "rows": 40.0}, "retain": {"probability": 0.871, "rows": 360.0}},
+        control={"forget": {"probability": 0.0112, "rows": 40.0}},
     ),
     attacks=[
         AttackResult(
@@ -79,8 +83,21 @@ REPORT = UnlearningReport(
             score_control_attacked=0.01,
             utility_after=0.85,
             reason="best of two learning rates",
+            seed=3,
+            trials=8,
+            tried={"learning_rate": [2e-4, 1e-3], "method": ["full", "lora"]},
+            axis="step",
+            curve=[CurvePoint(50, 0.2, 0.91, 0.01), CurvePoint(100, 0.4, 0.9, 0.02)],
+            seconds=12.5,
         )
     ],
+    verdict=Verdict(
+        outcome="comes_back",
+        rules=[Rule("recovered.relearn", 0.2, 0.431, False), Rule("kept.probability", 0.9, 0.99, True)],
+        missing=["relearn at two learning rates"],
+        not_run=["gcg"],
+        thresholds_sha256="ef" * 32,
+    ),
     certificates=[Certificate("argmax_radius", {"radius": 0.31, "tokens": 12}, "void if the head is trained again")],
     environment=Environment("3.11.9", "Linux", {"torch": "2.13.0"}, "cpu", 1, 83.21),
     files=[FileEntry("adapter_model.safetensors", 1234567, "ab" * 32), FileEntry("config.json", 612, "cd" * 32)],

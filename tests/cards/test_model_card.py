@@ -38,7 +38,9 @@ from hf_unlearn.cards import (
     render_model_card,
     write_model_card,
 )
-from hf_unlearn.cards.card import METRICS, _environment, _number, md_cell, md_code, md_escape, update_model_card
+from hf_unlearn.cards.card import _environment, update_model_card
+from hf_unlearn.cards.markdown import md_cell, md_code, md_escape, number
+from hf_unlearn.cards.metric_table import METRICS
 
 
 HEADINGS = [
@@ -135,7 +137,7 @@ def test_metadata_without_a_hub_base(selected):
 
 
 def test_the_hub_client_loads_the_card(report, tmp_path):
-    for number, text in enumerate(variants(report)):
+    for place, text in enumerate(variants(report)):
         card = ModelCard(text)
         assert card.data.tags[-1] == "unlearning-method:npo"
         assert card.data.base_model == "org/tiny_model"
@@ -143,8 +145,8 @@ def test_the_hub_client_loads_the_card(report, tmp_path):
         assert None not in card.data.to_dict().values()
         assert card.text.startswith("\n# org/tiny\\_model after unlearning\n\n**")
         # Loading and saving changes nothing, so that other tools may edit the metadata.
-        card.save(tmp_path / f"{number}.md")
-        assert (tmp_path / f"{number}.md").read_text(encoding="utf-8") == text
+        card.save(tmp_path / f"{place}.md")
+        assert (tmp_path / f"{place}.md").read_text(encoding="utf-8") == text
     assert number == 31
 
 
@@ -242,6 +244,7 @@ def test_footprint_lists_the_twenty_largest(report):
 
 
 def test_before_and_after(report):
+    report.metrics.control = {}
     report.metrics.before["forget"] |= {"loss": 0.0, "rows": 42}
     report.metrics.after["forget"] |= {
         "my_metric": 0.25,
@@ -265,6 +268,7 @@ def test_before_and_after(report):
 
 
 def test_model_utility_names_what_it_is_over(report):
+    report.metrics.control = {}
     report.metrics.after["retain"]["model_utility"] = 0.5
     metrics = section(render_model_card(report), "Before and after")
     assert "| Model utility | – | – | – | 0.500 |" in metrics
@@ -281,6 +285,7 @@ def test_model_utility_names_what_it_is_over(report):
 
 
 def test_forget_quality_is_a_comparison_with_another_model(report):
+    report.metrics.control = {}
     assert "Nothing is compared with a model that never saw the forget set" in render_model_card(report)
     report.metrics.after["forget"] |= {"forget_quality": 0.03, "forget_quality_statistic": 0.4}
     card = render_model_card(report)
@@ -290,6 +295,7 @@ def test_forget_quality_is_a_comparison_with_another_model(report):
 
 
 def test_card_of_a_model_that_was_only_measured(report):
+    report.metrics.control = {}
     report.method, report.footprint = None, None
     report.attacks, report.certificates, report.files = [], [], []
     report.metrics.before = {}
@@ -585,7 +591,7 @@ def test_filters():
     ],
 )
 def test_numbers(value, text):
-    assert _number(value) == text
+    assert number(value) == text
 
 
 def test_a_missing_variable_raises():
@@ -599,3 +605,12 @@ def test_a_missing_variable_raises():
 def test_examples_run():
     results = doctest.testmod(hf_unlearn.cards.card)
     assert results.attempted > 0 and results.failed == 0
+
+
+def test_a_control_has_columns_of_its_own(report):
+    card = render_model_card(report)
+    head = next(line for line in card.splitlines() if line.startswith("| Metric |"))
+    sets = "Forget set, before | Forget set, after | Forget set, control | Retain set, before | Retain set, after"
+    assert head == f"| Metric | {sets} |"
+    assert "| Probability | 0.912 | 0.0123 | 0.0112 | 0.880 | 0.871 |" in card
+    assert "**Control:** a model that never saw the forget set." in card

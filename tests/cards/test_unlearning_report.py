@@ -83,7 +83,8 @@ def refusal(content):
 
 def test_keys_and_round_trip(report, content, tmp_path):
     assert list(report.to_dict()) == (
-        "schema_version tool_version base method data footprint metrics attacks certificates environment files".split()
+        "schema_version tool_version base method data footprint metrics attacks verdict certificates environment "
+        "files".split()
     )
     assert report.to_dict() == content
     assert UnlearningReport.from_dict(content) == report
@@ -108,7 +109,7 @@ def test_empty_parts_round_trip(report):
     report.attacks, report.certificates, report.files = [], [], []
     content = report.to_dict()
     assert content["footprint"] is None
-    assert content["metrics"] == {"before": {}, "after": {}}
+    assert content["metrics"] == {"before": {}, "after": {}, "control": {}}
     assert UnlearningReport.from_dict(content) == report
 
 
@@ -170,8 +171,9 @@ def test_every_float_field_refuses_what_is_not_finite(report, content):
     assert {keys[-1] for keys in floats} == {
         *("weight", "relative_norm", "max_abs", "probability", "rows", "recovered", "score_before", "score_after"),
         *("score_original_attacked", "score_control_attacked", "utility_after", "train_seconds"),
+        *("at", "unlearned", "original", "control", "seconds", "bound", "measured"),
     }
-    assert len(floats) == 21
+    assert len(floats) == 36
     for keys in floats:
         for value in (float("nan"), float("inf"), float("-inf"), torch.tensor(float("nan")), np.float32("inf")):
             message = f"{dotted(keys)}: expected a finite number, got {float(value)}"
@@ -202,7 +204,7 @@ def test_every_int_field_refuses_floats_and_bools(report, content):
     ints = [keys for keys, hint in walk(content) if hint is int]
     assert {keys[-1] for keys in ints} == {
         *("schema_version", "parameters", "trainable_parameters", "rank", "seed", "steps", "rows", "tokens", "size"),
-        *("changed_parameters", "total_parameters", "processes"),
+        *("changed_parameters", "total_parameters", "processes", "trials"),
     }
     for keys in ints:
         for value, kind in ((1.0, "an integer"), ("1", "an integer"), ([], "an integer"), (True, "a number")):
@@ -246,7 +248,7 @@ def test_every_missing_key_is_named(content):
 
 def test_every_unknown_key_is_named(content):
     objects = [keys for keys, hint in walk(content) if dataclasses.is_dataclass(hint)]
-    assert len(objects) == 17
+    assert len(objects) == 22
     for keys in objects:
         assert refusal(changed(content, (*keys, "text"), "x")) == f"unknown key {dotted((*keys, 'text'))!r}"
 
@@ -278,7 +280,8 @@ def test_an_unknown_attribute_is_no_way_round_the_schema(report):
         (
             ("metrics", "after", "authors"),
             {},
-            "a key of metrics.after: expected 'forget' or 'retain' or 'real_authors' or 'world_facts'",
+            "a key of metrics.after: expected 'forget' or 'retain' or 'real_authors' or 'world_facts' "
+            "or 'harmful' or 'harmless'",
         ),
         (
             ("metrics", "after", "forget", "Who wrote it?"),

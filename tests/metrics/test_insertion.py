@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_unlearn.metrics.insertion
 from hf_unlearn import UnlearnConfig
-from hf_unlearn.cards.card import metric_label
+from hf_unlearn.cards.metric_table import metric_label
 from hf_unlearn.metrics import (
     bootstrap_interval,
     evaluate_insertion,
