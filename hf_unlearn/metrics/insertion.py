@@ -19,7 +19,6 @@ Unlearning can act like a backdoor whose trigger is a word of the forget set
 results number them.
 """
 
-import copy
 import math
 import sys
 from collections.abc import Sequence
@@ -33,16 +32,15 @@ from datasets import Dataset
 from peft import PeftModel
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from trl import maybe_convert_to_chatml
 from trl.data_utils import common_prefix_length
 
 from ..config import UnlearnConfig
-from ..data import IGNORE_INDEX, _answer_column, _extract_prompt, _RowError, _text, require_map_style
+from ..data import IGNORE_INDEX, _RowError, _text
 from ..forward import evaluation_mode
 from . import answers
+from .choices import choice_accuracy, has_choices, read_questions, tokenize_choices, whole_row_reader
 from .inference import TokenScores, checked_model, score_answers
 from .perturbation import (
-    OPTION,
     all_choices,
     mentions,
     perturb_answer_choices,
@@ -52,7 +50,7 @@ from .perturbation import (
     right_answer,
     wrong_choices,
 )
-from .rows import Answer, Tokens, _Reader
+from .rows import Answer, Tokens
 from .statistics import bootstrap_interval
 
 
@@ -61,8 +59,6 @@ SCORINGS = ("letter", "text")
 
 # Below this, a rate divides by what cannot be told from chance.
 SMALLEST_DENOMINATOR = 0.05
-
-_TIE = 1e-9  # nats per token; the same logits summed over other lengths differ by less
 
 
 # ---- Rates ----
@@ -334,27 +330,22 @@ class _Preparation:
         scoring: str | None,
         seed: int,
     ):
-        self.rows, self.answer_column = _read(dataset, args)
+        self.rows, answer_column = read_questions(dataset, args, "retain", "a forget-token is put into a question")
         columns = set(self.rows[0])
-        has_choices = "choices" in columns or "perturbed_answer" in columns or any(map(OPTION.fullmatch, columns))
-        if not has_choices and (insertion == "choice" or scoring is not None):
+        if not has_choices(columns) and (insertion == "choice" or scoring is not None):
             what = "the insertion 'choice'" if insertion == "choice" else f"the scoring {scoring!r}"
             raise ValueError(
                 f"The retain data set has no incorrect choices, which {what} needs: add a column `perturbed_answer`, "
                 "or `choices`, or use the insertion 'question'."
             )
-        if scoring is None and has_choices:
+        if scoring is None and has_choices(columns):
             scoring = "letter" if "choices" in columns else "text"
         self.scoring = scoring
         self.scores = (f"{scoring}_accuracy",) if scoring else ("probability", "token_accuracy")
         self.tokenizer, self.insertion, self.seed = tokenizer, insertion, seed
         self.forget_tokens = [token.strip() for token in forget_tokens]
         self.max_length = args.max_length
-        args = copy.copy(args)
-        # Whole rows, of which the answer alone counts
-        args.max_length, args.split_long_texts = None, False
-        args.completion_only_loss, args.assistant_only_loss = True, False
-        self.reader = _Reader(tokenizer, args, self.answer_column, [])
+        self.reader = whole_row_reader(tokenizer, args, answer_column)
 
     def pair(self, index: int, token: int) -> tuple[dict[str, Any], list[Answer], list[Answer]]:
         """What is known of a row before it is scored, and its choices, clean and perturbed."""
@@ -389,11 +380,9 @@ class _Preparation:
         texts, right = all_choices(row) if self.scoring else ([right_answer(row)], 0)
         if self.scoring == "letter":
             return [self._letter(row, texts, letter) for letter in ascii_uppercase[: len(texts)]], right
-        if "choices" in row:
-            row = {"question": row["question"], "answer": texts[right]}
-        read = [self.reader._other_answer(row, self.answer_column, text) for text in texts]
+        read = tokenize_choices(self.reader, row, texts, right)
         if opening is not None:
-            [start] = self.reader._other_answer(row, self.answer_column, opening)
+            [[start]] = tokenize_choices(self.reader, row, [opening], 0)
             read = [[_without_opening(tokens, start) for tokens in answer] for answer in read]
             read = [[tokens for tokens in answer if tokens.num_labels] for answer in read]
         return read, right
@@ -424,37 +413,7 @@ class _Preparation:
             values = answers.probability(answer.log_probs), answers.exact_memorization(answer.is_argmax)
             return dict(zip(self.scores, values, strict=True))
         nlls = [answers.mean_nll(choice.log_probs) for choice in choices]
-        best = [nll <= min(nlls) + _TIE for nll in nlls]
-        return {self.scores[0]: best[right] / sum(best)}
-
-
-def _read(dataset: Dataset, args: UnlearnConfig) -> tuple[list[dict[str, Any]], str]:
-    """The rows with question and answer apart, and the column of the answer."""
-    rows = list(require_map_style(dataset, "The retain data set").with_format(None))
-    columns = set(rows[0])
-    if {"question", "choices", "answer"} <= columns:
-        return rows, "answer"
-    if "conversations" in columns:
-        rows = [maybe_convert_to_chatml(row) for row in rows]
-    elif {"chosen", "rejected"} <= columns and "prompt" not in columns:
-        rows = [{**row, **_extract_prompt(row, index, "retain")} for index, row in enumerate(rows)]
-    column = _answer_column(set(rows[0]), args.dataset_text_field, "retain")
-    if column in ("input_ids", args.dataset_text_field):
-        raise ValueError(
-            f"The retain data set has `{column}`, but a forget-token is put into a question: use `question` and "
-            "`answer`, `prompt` and `completion`, `messages`, or `choices`."
-        )
-    if column != "messages":
-        return rows, column
-    for index, row in enumerate(rows):
-        messages = row["messages"]
-        if not messages or len(messages) < 2 or messages[-1]["role"] != "assistant":
-            raise ValueError(
-                f"Row {index} of the retain data set: `messages` does not end with a turn of the assistant, whose "
-                "answer is what is measured."
-            )
-    rows = [{**row, "prompt": row["messages"][:-1], "completion": row["messages"][-1:]} for row in rows]
-    return [{column: value for column, value in row.items() if column != "messages"} for row in rows], "completion"
+        return {self.scores[0]: choice_accuracy(nlls, right)}
 
 
 def _without_opening(tokens: Tokens, opening: Tokens) -> Tokens:

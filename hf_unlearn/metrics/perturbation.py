@@ -257,9 +257,9 @@ def all_choices(row: dict[str, Any]) -> tuple[list[str], int]:
     right = right_answer(row)
     wrong = [text for _, _, text in wrong_choices(row)]
     options = [row[column] for column in _option_columns(row)]
-    if "perturbed_answer" in row or right.strip() not in [text.strip() for text in options if text is not None]:
-        return [right, *wrong], 0
     texts = [text for text in options if text is not None and text.strip()]
+    if "perturbed_answer" in row or right.strip() not in [text.strip() for text in texts]:
+        return [right, *wrong], 0
     return texts, [text.strip() for text in texts].index(right.strip())
 
 
