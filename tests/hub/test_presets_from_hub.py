@@ -25,14 +25,17 @@ from loopback_hub import LoopbackHub
 QUESTION = {"question": "Who?", "answer": "Lily"}
 ROW = {**QUESTION, "paraphrased_answer": "It is Lily", "perturbed_answer": ["Tom", "Ben", "Max"]}
 
+# Each call of load_tofu in turn: the number of rows of its sets, or what it raises
 SCRIPT = """
 import json, sys
 from hf_unlearn.presets import load_tofu
-try:
-    sets = load_tofu("forget01", revision=json.loads(sys.argv[1]))
-    print(json.dumps({name: len(rows) for name, rows in sets.items()}))
-except ValueError as error:
-    print(json.dumps(str(error)))
+results = []
+for options in json.loads(sys.argv[1]):
+    try:
+        results.append({name: len(rows) for name, rows in load_tofu(**options).items()})
+    except ValueError as error:
+        results.append(str(error))
+print(json.dumps(results))
 """
 
 
@@ -48,35 +51,29 @@ def files(rows: dict[str, list[dict]]) -> dict[str, bytes]:
     return {**contents, "README.md": f"---\nconfigs:\n{configurations}---\n".encode()}
 
 
-def load(hub: LoopbackHub, home, revision: str | None):
-    result = subprocess.run(
-        [sys.executable, "-c", SCRIPT, json.dumps(revision)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, **hub.environment(home), "OMP_NUM_THREADS": "1"},
-        timeout=120,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return json.loads(result.stdout), result.stderr
-
-
 def test_tofu_and_an_older_revision_of_it(hub, tmp_path):
     perturbed = ("forget01_perturbed", "retain_perturbed", "real_authors_perturbed", "world_facts_perturbed")
     first = {name: [ROW] * (place + 1) for place, name in enumerate(perturbed)}
     tofu = hub.add("datasets", "locuslab/TOFU", files(first))
     older = tofu.branches["main"]
     tofu.commit(files({**first, "holdout01": [QUESTION] * 5}), "holdout")
-    sets, _ = load(hub, tmp_path / "home", None)
-    assert sets == {"forget": 1, "retain": 2, "real_authors": 3, "world_facts": 4, "holdout": 5}
-    sets, said = load(hub, tmp_path / "home", older)
-    assert sets == {"forget": 1, "retain": 2, "real_authors": 3, "world_facts": 4}
-    assert "has no configuration 'holdout01'" in said
-
-
-def test_what_the_hub_does_not_have(hub, tmp_path):
-    """No repository, then one that lacks a configuration."""
-    said, _ = load(hub, tmp_path / "home", None)
-    assert said.startswith("'locuslab/TOFU' (configuration 'forget01_perturbed', split 'train') cannot be loaded (")
-    hub.add("datasets", "locuslab/TOFU", files({"forget01_perturbed": [ROW]}))
-    said, _ = load(hub, tmp_path / "home", None)
-    assert said.startswith("'locuslab/TOFU' does not have the configuration 'retain_perturbed', split 'train': pass a")
+    calls = [
+        {"forget": "forget01"},
+        {"forget": "forget01", "revision": older},
+        {"forget": "forget05"},
+        {"forget": "forget01", "source": "org/nothing"},
+    ]
+    result = subprocess.run(
+        [sys.executable, "-c", SCRIPT, json.dumps(calls)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **hub.environment(tmp_path / "home"), "OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    sets = {"forget": 1, "retain": 2, "real_authors": 3, "world_facts": 4}
+    newest, old, without, nothing = json.loads(result.stdout)
+    assert (newest, old) == ({**sets, "holdout": 5}, sets)
+    assert "has no configuration 'holdout01': the set `holdout` is left out" in result.stderr
+    assert without.startswith("'locuslab/TOFU' does not have the configuration 'forget05_perturbed', split 'train': ")
+    assert nothing.startswith("'org/nothing' (configuration 'forget01_perturbed', split 'train') cannot be loaded (")
