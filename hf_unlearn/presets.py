@@ -62,7 +62,7 @@ def load_tofu(forget: str = "forget10", source: str = TOFU, revision: str | None
     | set | configuration | columns beside `question` and `answer` |
     |---|---|---|
     | `forget` | `forget01_perturbed`, `forget05_perturbed`, ... | `paraphrased_answer`, `perturbed_answer` (list) |
-    | `retain` | `retain_perturbed`: 400 rows of every retain share | `paraphrased_answer`, `perturbed_answer` |
+    | `retain` | `retain_perturbed`: 400 rows, in every retain share | `paraphrased_answer`, `perturbed_answer` |
     | `real_authors` | `real_authors_perturbed` | `perturbed_answer` |
     | `world_facts` | `world_facts_perturbed` | `perturbed_answer` |
     | `holdout` | `holdout01`, `holdout05`, `holdout10`: authors that nothing was trained on | |
