@@ -84,8 +84,8 @@ def test_norm_of_several_tensors_by_hand():
 
 
 def test_bf16_gradients_are_summed_in_fp32():
-    """In bf16 a sum of ones stops at 256, where the next number is 258."""
-    assert gradient_norm([torch.ones(2**20, dtype=torch.bfloat16)]) == 1024.0
+    """In bf16 a sum of ones stops at 256, where the next number is 258, and there is no 1001."""
+    assert gradient_norm([torch.ones(1001, 1001, dtype=torch.bfloat16)]) == 1001.0
     # and across tensors in float64: fp32 loses each of the small ones
     assert gradient_norm([torch.tensor(2.0**13), *[torch.tensor(1.0)] * 1000]) == math.sqrt(2**26 + 1000)
 
@@ -150,6 +150,10 @@ def test_row_order_and_padding_side_do_not_matter(model, tokenizer, rows, args):
 
 def test_last_layers(model, tokenizer, rows, args):
     answers = as_answers(tokenizer, rows, args)
+    below = []
+    model.model.layers[2].register_forward_hook(lambda module, inputs, output: below.append(output.requires_grad))
+    scores_of(model, answers[:1], last_layers=2)
+    assert below == [False]  # whose activations are not kept, although these weights are trained
     expected = slow_norms(model, tokenizer, rows, args, list(model.model.layers[-2:].parameters()))
     assert [-score for score in scores_of(model, answers, last_layers=2)] == pytest.approx(expected, rel=1e-5)
     # Squared norms add up: all weights are the five layers and what is outside of them
