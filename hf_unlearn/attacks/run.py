@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from hf_unlearn.cards.report import AttackResult, CurvePoint
 
 from ..metrics.cache import ScoreCache, fingerprint_rows, fingerprint_tokenizer
+from ..metrics.inference import NonFiniteLogitsError
 from .base import Attack, AttackData, Attacked, Trial, trial_as_it_stands
 from .not_applicable import NotApplicable
 
@@ -206,23 +207,25 @@ def run_attack(
     cache = TrialCache(data, unlearned.tokenizer) if cache is None else cache
     settings = specification.budgets[budget]
     before = cache.standing(unlearned)
-    trials: dict[str, list[Trial]] = {}
+    roles = {"unlearned": unlearned, "original": Attacked(unlearned.original, unlearned.tokenizer, unlearned.original)}
+    if control is not None:
+        roles["control"] = control
+    trials, utilities, seconds = {}, {}, {}
     try:
-        trials["unlearned"], seconds = cache.attack(name, specification.function, settings, unlearned, seed)
-    except ValueError as reason:  # not applicable, a missing package, rows of another kind: the others go on
+        for role, attacked in roles.items():
+            standing = cache.standing(attacked)
+            utilities[role] = standing.utility
+            try:
+                trials[role], seconds[role] = cache.attack(name, specification.function, settings, attacked, seed)
+            except NotApplicable:  # an adapter to remove, say, which only the unlearned model has
+                if role == "unlearned":
+                    raise
+                trials[role] = [standing]
+    # Not applicable, a missing package, rows of another kind, a model that diverged: the others go on
+    except (ValueError, NonFiniteLogitsError) as reason:
         return _not_run(name, budget, seed, before, str(reason)), {}
-    utilities = {"unlearned": before.utility}
-    original = Attacked(unlearned.original, unlearned.tokenizer, unlearned.original)
-    for role, attacked in (("original", original), ("control", control)):
-        if attacked is None:
-            trials[role], utilities[role] = [before], before.utility
-            continue
-        standing = cache.standing(attacked)
-        utilities[role] = standing.utility
-        try:
-            trials[role], _ = cache.attack(name, specification.function, settings, attacked, seed)
-        except NotApplicable:  # an adapter to remove, say, which only the unlearned model has
-            trials[role] = [standing]
+    if control is None:
+        trials["control"], utilities["control"] = [before], before.utility
     best = {role: best_trial(trials[role], utilities[role]) for role in trials}
     share, reason = recovered(best["unlearned"].score, best["original"].score, best["control"].score)
     return AttackResult(
@@ -241,7 +244,7 @@ def run_attack(
         tried=_tried(specification.varies, trials["unlearned"]),
         axis=specification.axis,
         curve=recovery_curve(specification.axis, trials, utilities) if specification.axis else [],
-        seconds=seconds,
+        seconds=seconds["unlearned"],
     ), trials
 
 

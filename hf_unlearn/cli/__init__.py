@@ -32,6 +32,7 @@ COMMANDS = {
     "evaluate": "measure what a model still knows of one data set and what it kept of another",
     "intervene": "change a model as little as it takes to make words or answers unreachable, or prompts refused",
     "quickstart": "make a small model that knows invented people, and make it forget some of them (no network)",
+    "robustness-report": "run every attack, judge by thresholds declared before, and write report, pictures and text",
     "train": "make a model forget one data set and keep another",
     "train-probe": "train a probe that tells forget from retain rows by their hidden states",
 }

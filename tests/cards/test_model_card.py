@@ -147,7 +147,7 @@ def test_the_hub_client_loads_the_card(report, tmp_path):
         # Loading and saving changes nothing, so that other tools may edit the metadata.
         card.save(tmp_path / f"{place}.md")
         assert (tmp_path / f"{place}.md").read_text(encoding="utf-8") == text
-    assert number == 31
+    assert place == 31
 
 
 # --- body
