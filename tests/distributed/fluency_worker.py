@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Measures fluency and refusals in two processes:
+Measures fluency in two processes:
 
     accelerate launch --multi_gpu --num_processes 2 --main_process_port 0 tests/distributed/fluency_worker.py SPEC
 """
