@@ -41,6 +41,12 @@ def interpolation(attacked: Attacked, data: AttackData, settings: dict[str, Any]
     stands and `a = 1` the original, bit for bit. Who has the original needs no attack: read the curve over `a`, which
     says how far apart in weights the two are in behaviour. The budgets end before 1.
 
+    The curve does **not** say that the facts are still in the model: the original brings them along. Of two models of
+    260 000 parameters, one that never saw the facts gave them a probability of 0.57 at `a = 0.5` and of 0.97 at
+    `a = 0.75`; one that hid them behind an adapter, merged, of 0.29 and 0.86. The best trial is therefore that of the
+    largest `a`, where a control scores as the original does and `recovered` is null; where the unlearned model
+    unattacked stands in for a control, `recovered` comes near 1 for any model at all.
+
     Where the model *is* the original (or its own), all points of the way are one, and it is asked once.
 
     Args:

@@ -51,6 +51,12 @@ def linear_probe(attacked: Attacked, data: AttackData, settings: dict[str, Any],
     facts as well; compare with one (`recovered` is null where it scores as the original does). With few rows the
     probe is a weak reader, and a score of zero is no proof that nothing is there.
 
+    Labels over answers instead of questions were measured on a model of 260 000 parameters, with 10 rows in T and in
+    V, and say less. Probes of the states at an answer told a question's own answer from those of other rows no better
+    than by chance, whether the model knew all of them or never saw any; false answers that TOFU brings they told from
+    the true ones in both (balanced accuracy 0.87 and 0.63), and the share `recovered` from another model that never
+    saw them lay between -0.6 and 0.5, by the split.
+
     The model is read, not changed: the utility is that of the model as it is.
 
     Args:
