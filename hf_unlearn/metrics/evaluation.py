@@ -32,7 +32,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..config import UnlearnConfig
 from ..forward import evaluation_mode
 from . import answers
-from .inference import TokenScores, checked_model, generate_answers, score_answers
+from .inference import GeneratedTokens, TokenScores, checked_model, generate_tokens, score_answers
 from .rows import Answer, EvaluationRow, EvaluationRows, prepare_rows
 from .statistics import bootstrap_interval
 
@@ -54,11 +54,15 @@ class Evaluation:
             metric's value (of the truth ratio the raw one) and `generation`; `None` where there is none. They hold
             what was to be forgotten.
         skipped (`dict[str, dict[str, str]]`): set -> metric -> why it is missing.
+        generated (`dict[str, dict[int, GeneratedTokens]]`): set -> row -> the answer in tokens, where
+            [`evaluate_model`] generated one; of this process's rows alone. [`evaluate_fluency`] takes it, so that no
+            answer is generated twice.
     """
 
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     samples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     skipped: dict[str, dict[str, str]] = field(default_factory=dict)
+    generated: dict[str, dict[int, GeneratedTokens]] = field(default_factory=dict, repr=False, compare=False)
 
 
 def evaluate_model(
@@ -167,10 +171,12 @@ def evaluate_model(
             }
             if with_text:
                 prompted = {index: row.prompt_ids for index, row in rows.items() if row.prompt_ids}
-                texts = generate_answers(
+                written = generate_tokens(
                     inner, tokenizer, list(prompted.values()), batch_size, max_new_tokens, progress=bar.update
                 )
-                for index, text in zip(prompted, texts, strict=True):
+                evaluation.generated[name] = dict(zip(prompted, written, strict=True))
+                for index, answer in evaluation.generated[name].items():
+                    text = tokenizer.decode(answer.token_ids, skip_special_tokens=True)
                     samples[index]["generation"] = text
                     samples[index]["rougeL_recall"] = _rouge_recall(rows[index].text, text)
             gathered = gather_object([{"row": index, **sample} for index, sample in samples.items()])

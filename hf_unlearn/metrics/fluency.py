@@ -22,7 +22,7 @@ often it was repeated ([Holtzman et al.](https://huggingface.co/papers/1904.0975
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -184,6 +184,7 @@ def evaluate_fluency(
     args: UnlearnConfig,
     *,
     judge: PreTrainedModel | PeftModel | None = None,
+    generated: Mapping[str, Mapping[int, GeneratedTokens]] | None = None,
     batch_size: int = 16,
     max_new_tokens: int = 64,
     description: str = "Measuring fluency",
@@ -218,8 +219,11 @@ def evaluate_fluency(
         args ([`UnlearnConfig`]): `max_length`, `dataset_text_field` and the other data settings.
         judge ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`], *optional*): a model that reads the same
             tokens, usually the one before unlearning. Without it there is no `generation_perplexity`.
+        generated (`dict[str, dict[int, GeneratedTokens]]`, *optional*): answers that this model has given to the same
+            rows, the `generated` of [`evaluate_model`]: nothing is generated then, and they are as long as they were
+            allowed to be there.
         batch_size (`int`, *optional*, defaults to 16): sequences in one forward.
-        max_new_tokens (`int`, *optional*, defaults to 64): the longest answer generated.
+        max_new_tokens (`int`, *optional*, defaults to 64): the longest answer generated here.
         description (`str`, *optional*): label of the progress bar.
 
     Returns:
@@ -227,8 +231,8 @@ def evaluate_fluency(
         `generation_tokens` (with EOS); `None` where there is none.
 
     Raises:
-        `ValueError`: no set, rows that cannot be read, an architecture whose logits are unknown, or a judge with a
-            smaller vocabulary.
+        `ValueError`: no set, rows that cannot be read, an architecture whose logits are unknown, a judge with a
+            smaller vocabulary, or answers to other rows.
         [`NonFiniteLogitsError`]: weights that diverged.
     """
     if not sets:
@@ -245,9 +249,10 @@ def evaluate_fluency(
     prepared = {name: prepare_rows(rows, tokenizer, args, name, metrics=()) for name, rows in sets.items()}
     state = PartialState()
     own = {name: _deal(rows, state) for name, rows in prepared.items()}
-    total = sum(
-        1 + bool(row.prompt_ids) * (1 if judge is None else 2) for rows in own.values() for row in rows.values()
-    )
+    if generated is not None:
+        _require_all(own, generated)
+    passes = (generated is None) + (judge is not None)
+    total = sum(1 + passes * bool(row.prompt_ids) for rows in own.values() for row in rows.values())
     evaluation = Evaluation()
     with (
         evaluation_mode(model),
@@ -274,11 +279,14 @@ def evaluate_fluency(
                 for (index, row), score in zip(rows.items(), scores, strict=True)
             }
             prompts = {index: row.prompt_ids for index, row in rows.items() if row.prompt_ids}
-            generated = generate_tokens(
-                inner, tokenizer, list(prompts.values()), batch_size, max_new_tokens, progress=bar.update
-            )
-            written = [_after_prompt(*pair) for pair in zip(prompts.values(), generated, strict=True)]
-            for index, answer, tokens in zip(prompts, generated, written, strict=True):
+            if generated is None:
+                given = generate_tokens(
+                    inner, tokenizer, list(prompts.values()), batch_size, max_new_tokens, progress=bar.update
+                )
+            else:
+                given = [generated[name][index] for index in prompts]
+            written = [_after_prompt(*pair) for pair in zip(prompts.values(), given, strict=True)]
+            for index, answer, tokens in zip(prompts, given, written, strict=True):
                 samples[index]["generation"] = tokenizer.decode(answer.token_ids, skip_special_tokens=True)
                 samples[index]["generation_tokens"] = tokens.num_labels
                 samples[index]["repetition"] = repetition(answer.token_ids)
@@ -291,6 +299,22 @@ def evaluate_fluency(
             evaluation.metrics[name] = _summary(gathered)
             evaluation.skipped[name] = _skipped(name, prepared[name], gathered, judge is not None)
     return evaluation
+
+
+def _require_all(
+    own: Mapping[str, Mapping[int, EvaluationRow]], generated: Mapping[str, Mapping[int, GeneratedTokens]]
+) -> None:
+    """Refuses on every process where one of them lacks an answer, so that none waits for the others."""
+    wrong = [
+        name
+        for name, rows in own.items()
+        if {index for index, row in rows.items() if row.prompt_ids} != generated.get(name, {}).keys()
+    ]
+    if wrong := sorted(set(gather_object(wrong))):
+        raise ValueError(
+            f"The answers in `generated` are not those to the rows of {', '.join(wrong)}: pass what evaluate_model "
+            "generated for the same sets, in the same processes."
+        )
 
 
 def _vocabulary(model: PreTrainedModel | PeftModel) -> int:
