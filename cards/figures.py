@@ -18,8 +18,9 @@ import textwrap
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from hf_unlearn.cards.report import AttackResult
+from hf_unlearn.cards.report import AttackResult, UnlearningReport
 from hf_unlearn.cards.robustness import BUDGETS, budget_name, worst_results
+from hf_unlearn.cards.verdict import share_left
 
 
 if TYPE_CHECKING:
@@ -33,64 +34,72 @@ _LABELS = {"unlearned": "unlearned", "original": "original", "control": "control
 
 _LOGARITHMIC = ("sigma",)
 
+_NO_ATTACK = "(no attack)"
+
 
 def can_draw() -> bool:
     """Whether matplotlib is installed (`pip install 'hf-unlearn[plots]'`)."""
     return find_spec("matplotlib") is not None
 
 
-def draw_heat_map(attacks: list[AttackResult], path: str | os.PathLike) -> bool:
+def draw_heat_map(report: UnlearningReport, path: str | os.PathLike) -> bool:
     """
-    Draws what came back: a row for each attack, a column for each budget, in a cell the highest share over seeds.
+    Draws what came back: a row for each attack, a column for each budget, in a cell the highest share over seeds. The
+    first row is what is there without any attack.
 
     Args:
-        attacks (`list[AttackResult]`): results.
+        report ([`UnlearningReport`]): with attacks.
         path (`str` or `os.PathLike`): the PNG.
 
     Returns:
         `bool`: whether there was anything to draw.
     """
-    chosen = {(result.name, budget_name(result)): result for _, result in worst_results(attacks)}
+    chosen = {(result.name, budget_name(result)): result for _, result in worst_results(report.attacks)}
     if not chosen:
         return False
     names = list(dict.fromkeys(name for name, _ in chosen))
     found = {budget for _, budget in chosen}
     budgets = [*(budget for budget in BUDGETS if budget in found), *sorted(found - set(BUDGETS))]
-    figure = _figure(2.6 + 1.3 * len(budgets), 1.2 + 0.34 * len(names))
-    axes = figure.subplots()
     values = [[_recovered(chosen.get((name, budget))) for budget in budgets] for name in names]
+    left = share_left(report, "probability")
+    if left is not None:
+        names, values = [_NO_ATTACK, *names], [[left] * len(budgets), *values]
+    figure = _figure(3 + 1.3 * len(budgets), 1.2 + 0.34 * len(names))
+    axes = figure.subplots()
     shown = [[float("nan") if value is None else min(max(value, 0.0), 1.0) for value in row] for row in values]
     image = axes.imshow(shown, vmin=0, vmax=1, cmap="YlOrRd", aspect="auto")
     for row, name in enumerate(names):
         for column, budget in enumerate(budgets):
             value = values[row][column]
-            text = f"{value:.2f}" if value is not None else "not run" if (name, budget) not in chosen else "–"
+            text = "–" if (name, budget) in chosen else "not run"
+            text = text if value is None else f"{value:.2f}"
             colour = "white" if value is not None and value > 0.6 else "black"
             axes.text(column, row, text, ha="center", va="center", fontsize=8, color=colour)
     axes.set_xticks(range(len(budgets)), budgets)
     axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.set_xlabel("budget of the attacker")
-    axes.set_title("recovered (– : no figure)", fontsize=9)
+    axes.set_title("recovered share (–: no figure)", fontsize=9)
     axes.tick_params(length=0)
-    figure.colorbar(image, ax=axes, label="0: as a model that never saw it, 1: as the original", shrink=0.9)
+    bar = figure.colorbar(image, ax=axes, ticks=[0, 0.5, 1])
+    bar.ax.set_yticklabels(["0: the control's", "0.5", "1: the original's"], fontsize=8)
     figure.savefig(path, dpi=150)
     return True
 
 
-def draw_recovery_curves(attacks: list[AttackResult], path: str | os.PathLike) -> bool:
+def draw_recovery_curves(report: UnlearningReport, path: str | os.PathLike) -> bool:
     """
     Draws the forget score along one setting of each attack, for the unlearned model, the original and the control; of
     several budgets the strongest, of several seeds the one that brought back most.
 
     Args:
-        attacks (`list[AttackResult]`): results.
+        report ([`UnlearningReport`]): with attacks.
         path (`str` or `os.PathLike`): the PNG.
 
     Returns:
         `bool`: whether there was anything to draw.
     """
     # By budget in increasing strength: the last of an attack is its strongest
-    curves = {result.name: result for _, result in worst_results(attacks) if len(result.curve) > 1}
+    curves = {result.name: result for _, result in worst_results(report.attacks) if len(result.curve) > 1}
     if not curves:
         return False
     columns = min(3, len(curves))
@@ -123,6 +132,8 @@ def _draw_curve(axes: "Axes", name: str, result: AttackResult) -> None:
     axes.axhline(result.score_before, color="grey", linewidth=0.8, label="unlearned, before the attack")
     if result.axis in _LOGARITHMIC:
         axes.set_xscale("log")
+    elif all(point.at == int(point.at) for point in result.curve):
+        axes.set_xticks([int(point.at) for point in result.curve][:: max(1, len(result.curve) // 6)])
     axes.set_ylim(-0.03, 1.03)
     axes.set_title("\n".join(textwrap.wrap(f"{name} ({budget_name(result)})", 28)), fontsize=8)
     axes.set_xlabel(result.axis, fontsize=8)

@@ -26,6 +26,9 @@ from hf_unlearn.cards.verdict import OUTCOMES, THRESHOLDS_NAME
 # From mild to strong
 BUDGETS = ("small", "standard", "large")
 
+# How many rows an attack asked: where it left some out, the number of these is shown
+_NOT_SHOWN = ("budget", "rows", "retain_rows")
+
 _RULES = {
     "left": "{} of the forget set: share left, beyond the control",
     "kept": "{} of the retain set: share kept",
@@ -67,6 +70,7 @@ def render_robustness_report(report: UnlearningReport, figures: dict[str, str | 
         attack_rows=[_attack_cells(results, chosen) for results, chosen in worst],
         notes=[f"{md_code(chosen.name)}: {md_escape(chosen.reason)}" for _, chosen in worst if chosen.reason],
         curves=[cells for _, chosen in worst for cells in _curve_cells(chosen)],
+        rows={name: values["rows"] for name, values in report.metrics.after.items() if "rows" in values},
         seeds=sorted({attack.seed for attack in report.attacks}),
         controls=sorted({attack.control for attack in report.attacks} - {"none"}),
     )
@@ -110,7 +114,9 @@ def _attack_cells(results: list[AttackResult], chosen: AttackResult) -> list[str
     if len(own) > 1:
         recovered += f" (lowest {share(min(own))})"
     settings = ", ".join(
-        md_cell(md_code(f"{name} = {_plain(value)}")) for name, value in chosen.budget.items() if name != "budget"
+        md_cell(md_code(f"{name} = {_plain(value)}"))
+        for name, value in chosen.budget.items()
+        if name not in _NOT_SHOWN and not (name.endswith("left_out") and value == 0)
     )
     return [
         md_code(chosen.name),

@@ -241,16 +241,27 @@ def _kept(report: UnlearningReport, thresholds: Thresholds) -> list[Rule]:
     return rules
 
 
+def share_left(report: UnlearningReport, metric: str) -> float | None:
+    """
+    What is left of a metric of the forget set without any attack: `(after - control) / (before - control)`, with 0
+    for the control where there is none.
+
+    Args:
+        report ([`UnlearningReport`]): with metrics before and after.
+        metric (`str`): its name.
+
+    Returns:
+        `float` or `None`: `None` where it was not measured, or the original has no more of it than the control.
+    """
+    before, after, control = _values(report, "forget", metric)
+    control = 0.0 if control is None else control
+    if before is None or after is None or before <= control:
+        return None
+    return (after - control) / (before - control)
+
+
 def _left(report: UnlearningReport, thresholds: Thresholds) -> list[Rule]:
-    rules = []
-    for metric, bound in thresholds.left.items():
-        before, after, control = _values(report, "forget", metric)
-        control = 0.0 if control is None else control
-        share = (
-            None if before is None or after is None or before <= control else (after - control) / (before - control)
-        )
-        rules.append(_rule(f"left.{metric}", bound, share))
-    return rules
+    return [_rule(f"left.{metric}", bound, share_left(report, metric)) for metric, bound in thresholds.left.items()]
 
 
 def _recovered(report: UnlearningReport, thresholds: Thresholds) -> list[Rule]:

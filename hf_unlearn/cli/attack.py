@@ -138,10 +138,15 @@ def attack(name: str | None, data_args: "DataArguments", args: AttackArguments) 
 
 
 def as_table(results: list["AttackResult"]) -> str:
-    """One line per attack, and below it what the numbers are."""
-    heads = ("attack", "recovered", "before", "attacked", "original", "control", "utility")
+    """One line per attack, and below it what the numbers are. Budgets and seeds are shown where there are several."""
+    kinds = {
+        "budget": [str(result.budget["budget"]) for result in results],
+        "seed": [str(result.seed) for result in results],
+    }
+    kinds = {name: values for name, values in kinds.items() if len(set(values)) > 1}
+    heads = ("attack", *kinds, "recovered", "before", "attacked", "original", "control", "utility")
     lines = [heads]
-    for result in results:
+    for place, result in enumerate(results):
         numbers = (
             result.score_before,
             result.score_after,
@@ -149,14 +154,16 @@ def as_table(results: list["AttackResult"]) -> str:
             result.score_control_attacked,
             result.utility_after,
         )
-        share = "-" if result.recovered is None else f"{result.recovered:.2f}"
-        lines.append((result.name, share, *("-" if value is None else f"{value:.3f}" for value in numbers)))
+        cells = [result.name, *(values[place] for values in kinds.values())]
+        cells.append("-" if result.recovered is None else f"{result.recovered:.2f}")
+        lines.append((*cells, *("-" if value is None else f"{value:.3f}" for value in numbers)))
     widths = [max(len(line[column]) for line in lines) for column in range(len(heads))]
     table = [
         "  ".join(text.ljust(width) if column == 0 else text.rjust(width) for column, (text, width) in columns)
         for columns in (enumerate(zip(line, widths, strict=True)) for line in lines)
     ]
-    table += ["", *(f"{result.name}: {result.reason.rstrip('.')}." for result in results if result.reason)]
+    reasons = dict.fromkeys(f"{result.name}: {result.reason.rstrip('.')}." for result in results if result.reason)
+    table += ["", *reasons]
     table += [
         "Recovered: (attacked - control) / (original - control), all three under the same attack: 0 for nothing,",
         "1 for as much as the original gives. Scores are those of forget rows that the attacker does not have.",

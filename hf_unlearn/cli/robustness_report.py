@@ -336,7 +336,7 @@ def draw(report: UnlearningReport, output_dir: str) -> dict[str, str | None]:
     os.makedirs(folder)
     functions = {"heat_map": draw_heat_map, "curves": draw_recovery_curves}
     return {
-        name: path if functions[name](report.attacks, os.path.join(output_dir, path)) else None
+        name: path if functions[name](report, os.path.join(output_dir, path)) else None
         for name, path in _FIGURES.items()
     }
 
