@@ -46,6 +46,7 @@ class AttackSpecification:
         summary (`str`): what it does, in one line.
         varies (`tuple[str, ...]`): the settings in which its trials differ.
         axis (`str`, *optional*): the one of them, a number, along which its curve runs.
+        incomparable (`str`, *optional*): why no share can be computed from its scores, which are reported alone.
         needs_control (`bool`): whether it elicits arbitrary text from any model, so that without a control it says
             nothing.
     """
@@ -55,6 +56,7 @@ class AttackSpecification:
     summary: str
     varies: tuple[str, ...] = ()
     axis: str | None = None
+    incomparable: str | None = None
     needs_control: bool = False
 
 
@@ -228,6 +230,8 @@ def run_attack(
         trials["control"], utilities["control"] = [before], before.utility
     best = {role: best_trial(trials[role], utilities[role]) for role in trials}
     share, reason = recovered(best["unlearned"].score, best["original"].score, best["control"].score)
+    if specification.incomparable is not None:
+        share, reason = None, specification.incomparable
     return AttackResult(
         name=name,
         budget={"budget": budget, **_plain(best["unlearned"].settings)},

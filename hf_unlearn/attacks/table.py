@@ -111,7 +111,7 @@ ATTACKS = {
         axis="steps",
     ),
     "gcg": AttackSpecification(
-        gcg.gcg, gcg.BUDGETS, "search for a suffix of tokens (needs nanogcg)", needs_control=True, varies=("steps",)
+        gcg.gcg, gcg.BUDGETS, "search for a suffix of tokens (needs nanogcg)", needs_control=True, varies=("suffix",)
     ),
     "direction_ablation": AttackSpecification(
         direction_ablation.direction_ablation,
@@ -133,6 +133,8 @@ ATTACKS = {
         needs_control=True,
         varies=("layer",),
         axis="layer",
+        incomparable="a probe finds the topic of the rows, which a model that never saw them tells apart as well: "
+        "read the scores beside each other",
     ),
     "adapter_removal": AttackSpecification(
         adapter_removal.adapter_removal, adapter_removal.BUDGETS, "drop the adapter"
@@ -143,5 +145,7 @@ ATTACKS = {
         "mix the weights with those of the original",
         varies=("a",),
         axis="a",
+        incomparable="the original is mixed into every model, so that the facts come back for one that never knew "
+        "them too: read the curve",
     ),
 }

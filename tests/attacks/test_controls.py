@@ -138,8 +138,9 @@ def test_the_original_scores_one_under_every_attack(known_model, original, contr
     result, _ = attack(name, forgot_nothing, control, data, **LESS[name])
     if name == "adapter_removal":
         assert result.recovered is None and "no adapters" in result.reason
-    elif name == "linear_probe":  # the words of the questions set them apart in the control as well
-        assert result.recovered is None and "out of the control" in result.reason
+    elif ATTACKS[name].incomparable:  # they give the same to a model that never knew, or more
+        assert result.recovered is None and result.reason == ATTACKS[name].incomparable
+        assert result.score_after == pytest.approx(result.score_original_attacked, abs=1e-6)
     else:
         assert result.recovered == pytest.approx(1.0, abs=1e-6)
         assert result.score_original_attacked - result.score_control_attacked > SMALLEST_DENOMINATOR
@@ -173,6 +174,7 @@ def test_mixing_in_the_original_brings_the_facts_to_a_model_that_never_saw_them(
     """So that a high score at a large share says nothing of the unlearned model."""
     trials = ATTACKS["interpolation"].function(never_saw, data, {"shares": [0.0, 0.75]}, 0)
     assert trials[0].score < 0.05 and trials[1].score > 0.9
+    assert {name for name, entry in ATTACKS.items() if entry.incomparable} == {"interpolation", "linear_probe"}
 
 
 def test_without_a_control_the_result_says_what_stands_in_for_it(merged, control, data):
