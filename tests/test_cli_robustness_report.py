@@ -21,6 +21,7 @@ import stat
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -259,3 +260,19 @@ def test_a_folder_that_is_a_file(rows, known_model, tmp_path, capsys):
 def test_models_with_other_tokens_are_refused(rows, known_model, small_model_path, tmp_path, capsys):
     assert main(arguments(rows, known_model, small_model_path, tmp_path / "out", "--attacks", "quantize")) == 2
     assert "another tokenizer" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["robustness_report", "attack"])
+def test_two_processes_are_refused_and_not_run_twice(command):
+    """Each would attack the same model and write the same files."""
+    config = str(Path(__file__).parents[1] / "examples" / "accelerate_configs" / "cpu_2.yaml")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config]
+    result = subprocess.run(
+        [*launch, "-m", f"hf_unlearn.cli.{command}", "model"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+    assert result.returncode != 0 and result.stdout == ""
+    assert result.stderr.count(f"`hf-unlearn {command.replace('_', '-')}` runs in one process") == 1

@@ -118,11 +118,9 @@ def check_arguments(command: str, name: str | None, data_args: "DataArguments", 
     Raises:
         `UsageError`: something is missing or unknown.
     """
-    from accelerate import PartialState
-
     from hf_unlearn.attacks.table import ATTACKS
 
-    if PartialState().num_processes > 1:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # as launchers set it, before anything is initialised
         raise UsageError(
             f"`hf-unlearn {command}` runs in one process: start it without `accelerate launch`, or run one command "
             "per device with other --attacks."
