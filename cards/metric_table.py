@@ -22,10 +22,16 @@ from hf_unlearn.cards.report import Metrics
 
 
 class Metric(NamedTuple):
-    """How a metric is called for a person, and what it means."""
+    """How a metric is called for a person, what it means, and with which others it stands in a table."""
 
     label: str
     words: str | None = None
+    family: str = "Answers"
+
+
+# The tables that an evaluation prints, in order
+FAMILIES = ("Answers", "Fluency", "Memorisation", "Membership", "Refusals")
+_FLUENCY, _MEMORISATION, _MEMBERSHIP, _REFUSALS = FAMILIES[1:]
 
 
 # In the order of a table. A metric that is not here is shown under its own name, after these.
@@ -51,6 +57,15 @@ METRICS = {
         "min(r, 1/r), 1 where the model cannot tell them apart. Other sets: the mean of max(0, 1 - r), 1 where it "
         "knows which is true.",
     ),
+    "choice_accuracy": Metric(
+        "Choice accuracy",
+        "the share of questions after which the true answer is the likeliest of the given ones, per token; answers "
+        "that tie share the point.",
+    ),
+    "paraphrased_question_probability": Metric(
+        "Probability, question reworded",
+        "the probability of the true answers, each after its question in other words.",
+    ),
     "forget_quality": Metric(
         "Forget quality",
         "the p-value of a Kolmogorov-Smirnov test between the truth ratios of this model and those of a model that "
@@ -64,7 +79,85 @@ METRICS = {
         "the harmonic mean of probability, ROUGE-L recall and truth ratio, as far as they are here, over ",
     ),
     "loss": Metric("Loss", "the mean cross-entropy of the answer's tokens, in nats."),
+    "perplexity": Metric(
+        "Perplexity",
+        "exp of the mean loss over all tokens of the true answers together: among how many equally likely tokens the "
+        "model would have to guess.",
+        _FLUENCY,
+    ),
+    "repetition": Metric(
+        "Repetition",
+        "the share of the runs of 4 tokens in the model's own answer that stood in it before; near 1 where it goes on "
+        "and on.",
+        _FLUENCY,
+    ),
+    "first_token_entropy": Metric(
+        "First-token entropy",
+        "how unsure the model is of how its answer begins, in nats; 0 where it is sure.",
+        _FLUENCY,
+    ),
+    "generation_perplexity": Metric(
+        "Perplexity to the judge",
+        "the perplexity of the model's own answers to another model, usually the one before unlearning; far above "
+        "that model's own answers where they are gibberish.",
+        _FLUENCY,
+    ),
+    "passage_rows": Metric("Passages", family=_MEMORISATION),
+    "question_rows": Metric("Questions", family=_MEMORISATION),
+    "verbatim_memorization": Metric(
+        "Verbatim memorisation",
+        "ROUGE-L (F1) between how the model goes on after the beginning of a passage and how the passage goes on.",
+        _MEMORISATION,
+    ),
+    "knowledge_memorization": Metric(
+        "Knowledge memorisation",
+        "ROUGE-L (F1) between the model's answer to a question, after answered ones, and the true one.",
+        _MEMORISATION,
+    ),
+    "membership_rows": Metric("Rows of the forget set", family=_MEMBERSHIP),
+    "holdout_rows": Metric("Rows of the holdout", family=_MEMBERSHIP),
+    "membership_auc_loss": Metric(
+        "AUC of the loss",
+        "how well the model's loss tells rows of the forget set from rows of the same kind that it never saw; 0.5 "
+        "where it does not. The other AUCs go by other scores.",
+        _MEMBERSHIP,
+    ),
+    "membership_auc_zlib": Metric(
+        "AUC of the loss by zlib", "by the loss per byte of the compressed answer.", _MEMBERSHIP
+    ),
+    "membership_auc_min_k": Metric(
+        "AUC of Min-K", "by the log-probability of the answer's least likely tokens.", _MEMBERSHIP
+    ),
+    "membership_auc_min_k_plus_plus": Metric(
+        "AUC of Min-K++", "by the same, each token set against all others that could stand there.", _MEMBERSHIP
+    ),
+    "membership_auc_gradient_norm": Metric(
+        "AUC of the gradient norm", "by how far one step on the row would move the weights.", _MEMBERSHIP
+    ),
+    "membership_auc_reference": Metric(
+        "AUC against a reference",
+        "by how much likelier the answer is than to a model that was trained on neither.",
+        _MEMBERSHIP,
+    ),
+    "privleak": Metric(
+        "PrivLeak",
+        "(AUC - AUC of a model that never saw the forget set) over the latter, of Min-K; above 0 the forget set still "
+        "looks trained on, below 0 it looks less trained on than rows that were never seen, which gives it away too.",
+        _MEMBERSHIP,
+    ),
+    "privleak_vs_chance": Metric(
+        "PrivLeak against chance",
+        "(AUC - 0.5) / 0.5, of Min-K: 0.5 stands for a model that never saw the forget set.",
+        _MEMBERSHIP,
+    ),
+    "refusal_rate": Metric(
+        "Refusal rate",
+        "the share of answers that begin by refusing, as string rules read them; of harmless prompts, over-refusal. "
+        "An answer that is no refusal need not comply.",
+        _REFUSALS,
+    ),
 }
+COUNTS = {"rows", "passage_rows", "question_rows", "membership_rows", "holdout_rows"}
 
 # Forget-tokens in retain queries: where they stand, and what is compared. The tokens have numbers and no text.
 INSERTIONS = {
@@ -171,11 +264,16 @@ def metric_rows(metrics: Metrics) -> list[tuple[str, list[str]]]:
 def _metric_cell(values: dict[str, float], metric: str) -> str:
     if metric not in values:
         return "–"
-    if metric == "rows" or (_INSERTION.fullmatch(metric) and metric.endswith(("_rows", "_rows_skipped"))):
+    if metric in COUNTS or (_INSERTION.fullmatch(metric) and metric.endswith(("_rows", "_rows_skipped"))):
         return integer(values[metric])
     ends = [values.get(f"{metric}_ci_{end}") for end in ("low", "high")]
-    interval = "" if None in ends else f" [{number(ends[0])}, {number(ends[1])}]"
-    return number(values[metric]) + interval
+    interval = "" if None in ends else f" [{_value(ends[0])}, {_value(ends[1])}]"
+    return _value(values[metric]) + interval
+
+
+def _value(value: float) -> str:
+    """Of gibberish, a perplexity may have hundreds of digits."""
+    return f"{value:.2e}" if abs(value) >= 1e6 else number(value)
 
 
 def metric_words(metrics: Metrics) -> list[str]:

@@ -19,7 +19,15 @@ import textwrap
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from hf_unlearn.cards.metric_table import INSERTIONS, METRICS, SCORES, SETS, metric_label
+from hf_unlearn.cards.metric_table import (
+    COUNTS,
+    FAMILIES,
+    INSERTIONS,
+    METRICS,
+    SCORES,
+    SETS,
+    metric_label,
+)
 
 
 if TYPE_CHECKING:
@@ -28,11 +36,16 @@ if TYPE_CHECKING:
 
 # The folder beside the report that holds values and answers row by row
 PRIVATE = "private"
+# Sets side by side in a table
+_PAIRS = (("forget", "retain"), ("real_authors", "world_facts"), ("harmful", "harmless"))
+_PROMPTS = _PAIRS[-1]  # nothing but what is refused is measured on them
 
 
 @dataclass
 class Result:
-    """What was measured. Only `samples` hold text, and they go nowhere but to `private/`."""
+    """
+    What was measured. Only `samples` hold text, and they go nowhere but to `private/`, each in a file of its own.
+    """
 
     stage: str
     metrics: dict[str, dict[str, float]]
@@ -42,9 +55,22 @@ class Result:
     report: str | None = None
     insertion: "InsertionResult | None" = None
 
+    def add(self, name: str, metrics: dict[str, float], skipped: dict[str, str]) -> None:
+        """
+        Adds the numbers of another family of metrics to a set. `rows` stays the number of answers that were scored:
+        other families count their rows under names of their own.
+        """
+        own = self.metrics.setdefault(name, {})
+        own |= {metric: value for metric, value in metrics.items() if metric != "rows" or "rows" not in own}
+        self.skipped.setdefault(name, {}).update(skipped)
+
     def empty_answers(self) -> dict[str, int]:
         """How many rows of each set had no answer to measure."""
-        counts = {name: sum(not sample["answer_tokens"] for sample in self.samples[name]) for name in self.metrics}
+        counts = {
+            name: sum(not sample["answer_tokens"] for sample in self.samples[name])
+            for name in self.metrics
+            if name not in _PROMPTS
+        }
         return {name: count for name, count in counts.items() if count}
 
 
@@ -81,12 +107,14 @@ def as_json(result: Result) -> str:
 
 
 def as_table(result: Result) -> str:
-    """One row per metric, two sets side by side, and below it what the numbers are and which are missing."""
-    names = [name for name in SETS if name in result.metrics]
+    """
+    One table per family of metrics and pair of sets, one row per metric, and below them what the numbers are and which
+    are missing.
+    """
     lines = []
-    for pair in (names[:2], names[2:]):
-        if pair:
-            lines += [*_table(result.metrics, pair), ""]
+    for family in FAMILIES:
+        for pair in _PAIRS:
+            lines += _table(result.metrics, [name for name in pair if name in result.metrics], family)
     if result.insertion is not None:
         lines += [*_insertion_table(result.insertion), ""]
     notes = ["[ ]: 95 % interval of the mean over the rows, by bootstrap."]
@@ -100,12 +128,17 @@ def as_table(result: Result) -> str:
         notes.append(f"Model utility: harmonic mean of {_utility_words(result.utility_parts)}.")
         if not {"real_authors", "world_facts"} & set(result.metrics):
             notes[-1] += " It is over the retain set alone: --real_authors and --world_facts add to it."
+    shown = {metric for values in result.metrics.values() for metric in values}
+    notes += [
+        f"{metric.label}: {metric.words}"
+        for name, metric in METRICS.items()
+        if name in shown and metric.family != FAMILIES[0] and metric.words
+    ]
     if result.insertion is not None:
         notes += _insertion_notes(result.insertion)
     for name, count in result.empty_answers().items():
         notes.append(f"{count} of {len(result.samples[name])} rows of the {SETS[name]} have no answer: left out.")
-    for name, reasons in result.skipped.items():
-        notes += [f"{_label(metric)} of the {SETS[name]}: skipped. {reason}" for metric, reason in reasons.items()]
+    notes += _skipped_notes(result.skipped)
     lines += [line for note in notes for line in textwrap.wrap(note, 100, subsequent_indent="  ")]
     if result.report is not None:
         folder = os.path.join(os.path.dirname(result.report), PRIVATE)
@@ -125,15 +158,37 @@ def _utility_words(parts: list[str]) -> str:
     return "; ".join(f"{', '.join(metrics)} over {', '.join(names)}" for metrics, names in by_metrics.items())
 
 
-def _table(metrics: dict[str, dict[str, float]], names: list[str]) -> list[str]:
-    shown = [metric for metric in METRICS if any(metric in metrics[name] for name in names)]
-    rows = [["", *(SETS[name] for name in names)]]
+def _skipped_notes(skipped: dict[str, dict[str, str]]) -> list[str]:
+    """Each reason once, for all metrics and sets that it holds for alike."""
+    metrics: dict[tuple[str, str], list[str]] = {}
+    for name, reasons in skipped.items():
+        for metric, reason in reasons.items():
+            metrics.setdefault((name, reason), []).append(_label(metric))
+    sets: dict[tuple[str, str], list[str]] = {}
+    for (name, reason), labels in metrics.items():
+        sets.setdefault((", ".join(labels), reason), []).append(f"the {SETS[name]}")
+    return [f"{labels} of {' and '.join(names)}: skipped. {reason}" for (labels, reason), names in sets.items()]
+
+
+def _table(metrics: dict[str, dict[str, float]], names: list[str], family: str) -> list[str]:
+    """One family of the sets that have any of it, and an empty line."""
+    own = [
+        metric
+        for metric, about in METRICS.items()
+        if about.family == family and metric != "forget_quality_statistic"  # below the table
+    ]
+    names = [name for name in names if any(metric in metrics[name] for metric in own if metric not in COUNTS)]
+    if not names:
+        return []
+    if family == "Refusals":
+        own = ["rows", *own]
+    rows = [["" if family == FAMILIES[0] else family, *(SETS[name] for name in names)]]
     rows += [
         [_label(metric), *(_cell(metrics[name], metric) for name in names)]
-        for metric in shown
-        if metric != "forget_quality_statistic"  # below the table
+        for metric in own
+        if any(metric in metrics[name] for name in names)
     ]
-    return _aligned(rows)
+    return [*_aligned(rows), ""]
 
 
 def _aligned(rows: list[list[str]]) -> list[str]:
@@ -190,12 +245,19 @@ def _label(metric: str) -> str:
 def _cell(values: dict[str, float], metric: str) -> str:
     if metric not in values:
         return ""
-    if metric == "rows":
+    if metric in COUNTS:
         return f"{values[metric]:.0f}"
     low, high = values.get(f"{metric}_ci_low"), values.get(f"{metric}_ci_high")
-    interval = "" if low is None or high is None else f" [{low:.3f}, {high:.3f}]"
+    interval = "" if low is None or high is None else f" [{_end(low)}, {_end(high)}]"
     return _number(values[metric]) + interval
 
 
 def _number(value: float) -> str:
-    return f"{value:.3f}" if value == 0 or abs(value) >= 0.0005 else f"{value:.1e}"
+    return _end(value) if value == 0 or abs(value) >= 0.0005 else f"{value:.1e}"
+
+
+def _end(value: float) -> str:
+    """Perplexities may have hundreds of digits."""
+    if abs(value) < 1000:
+        return f"{value:.3f}"
+    return f"{value:,.0f}" if abs(value) < 1e6 else f"{value:.1e}"

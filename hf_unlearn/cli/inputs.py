@@ -76,7 +76,7 @@ class DataArguments:
 # What may follow a switch
 _TRUTH_VALUES = ("yes", "true", "t", "y", "1", "no", "false", "f", "n", "0")
 
-_ALIASES = {"forget": "forget_dataset", "retain": "retain_dataset"}
+_ALIASES = {"forget": "forget_dataset", "retain": "retain_dataset", "holdout": "holdout_dataset"}
 
 _FILE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 

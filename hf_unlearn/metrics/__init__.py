@@ -13,11 +13,16 @@
 # limitations under the License.
 """What a model still knows, and what else it can do: answers, membership, and the statistics over them."""
 
+from .choices import choice_accuracy, evaluate_choices
 from .evaluation import METRICS, Evaluation, evaluate_model
+from .fluency import evaluate_fluency, perplexity, repetition
 from .inference import NonFiniteLogitsError
 from .insertion import InsertionResult, evaluate_insertion, recovery_rate, reduction_rate
-from .membership import auc, membership_scores, privleak
+from .membership import auc, auc_interval, membership_scores, privleak
+from .membership_evaluation import evaluate_membership
+from .memorization import evaluate_memorization
 from .perturbation import perturb_answer_choices, perturb_choices, perturb_question
+from .refusal import evaluate_refusals, is_refusal
 from .statistics import bootstrap_interval, forget_quality, model_utility
 
 
@@ -27,16 +32,26 @@ __all__ = [
     "InsertionResult",
     "NonFiniteLogitsError",
     "auc",
+    "auc_interval",
     "bootstrap_interval",
+    "choice_accuracy",
+    "evaluate_choices",
+    "evaluate_fluency",
     "evaluate_insertion",
+    "evaluate_membership",
+    "evaluate_memorization",
     "evaluate_model",
+    "evaluate_refusals",
     "forget_quality",
+    "is_refusal",
     "membership_scores",
     "model_utility",
+    "perplexity",
     "perturb_answer_choices",
     "perturb_choices",
     "perturb_question",
     "privleak",
     "recovery_rate",
     "reduction_rate",
+    "repetition",
 ]

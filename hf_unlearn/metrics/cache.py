@@ -49,6 +49,18 @@ _DATA_SETTINGS = (
 )
 
 
+# Of a model's and an adapter's configuration, at any depth
+_ORIGIN = (
+    "_name_or_path",
+    "transformers_version",
+    "base_model_name_or_path",
+    "revision",
+    "auto_mapping",
+    "peft_version",
+    "inference_mode",
+)
+
+
 class ScoreCache:
     """
     JSON values by key, in a folder or in memory.
@@ -112,11 +124,10 @@ class ScoreCache:
         if self.folder is None:
             return self._values.get(name)
         try:
-            text = (self.folder / f"{name}.json").read_text(encoding="utf-8")
-            json.loads(text)
+            content = json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):  # not there, or not whole
             return None
-        return text
+        return json.dumps(content["value"])
 
     def _write(self, name: str, text: str) -> None:
         if self.folder is None:
@@ -124,8 +135,9 @@ class ScoreCache:
             return
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.folder.chmod(0o700)
-        # In one step: who reads it sees all of it, also where two commands share the folder
-        for file_name, content in ((".gitignore", "*\n"), (f"{name}.json", text)):
+        # In one step: who reads it sees all of it, also where two commands share the folder. A number that is cut off
+        # is another number; an object that is cut off is none.
+        for file_name, content in ((".gitignore", "*\n"), (f"{name}.json", f'{{"value": {text}}}')):
             temporary = self.folder / f".{file_name}.{os.getpid()}.tmp"
             with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
                 file.write(content)
@@ -134,7 +146,8 @@ class ScoreCache:
 
 def fingerprint_model(model: PreTrainedModel | PeftModel) -> str:
     """
-    SHA-256 of a model's weights and buffers, their names, types and shapes, and its configuration.
+    SHA-256 of a model's weights and buffers, their names, types and shapes, its configuration, that of its adapters
+    and which of them are active, and the EOS tokens that end what it generates.
 
     Memory: one tensor at a time, on the CPU.
 
@@ -142,15 +155,23 @@ def fingerprint_model(model: PreTrainedModel | PeftModel) -> str:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): the model.
     """
     digest = hashlib.sha256()
-    config = model.config.to_dict()
-    # Where it came from and who wrote it say nothing of what it computes
-    for name in ("_name_or_path", "transformers_version"):
-        config.pop(name, None)
-    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+    parts = {"config": _without_origin(model.config.to_dict()), "eos": model.generation_config.eos_token_id}
+    if isinstance(model, PeftModel):
+        # The weights of two adapters may be the same, and their scale another
+        parts["adapters"] = {name: _without_origin(config.to_dict()) for name, config in model.peft_config.items()}
+        parts["active"] = [model.active_adapters, model.get_model_status().enabled]
+    digest.update(json.dumps(parts, sort_keys=True, default=str).encode())
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def _without_origin(config: Any) -> Any:
+    """A configuration without where it came from and who wrote it, which say nothing of what the model computes."""
+    if not isinstance(config, dict):
+        return sorted(config) if isinstance(config, set) else config
+    return {key: _without_origin(value) for key, value in config.items() if key not in _ORIGIN}
 
 
 def fingerprint_rows(dataset: Dataset) -> str:
