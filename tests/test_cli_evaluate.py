@@ -231,11 +231,13 @@ def test_rows_batches_and_switches(cli, known_model, files):
     assert "rougeL_recall" not in results[0]
 
 
-def test_two_processes(cli, known_model, files):
+def test_two_processes(cli, known_model, tiny_model_path, files, tofu_rows, tmp_path):
+    """Fluency of answers that each process generated for its own rows, membership, and refusals too."""
+    holdout = write_rows(tmp_path / "holdout.json", tofu_rows("retain90")[200:205])
     arguments = [
         known_model, "--forget", files["forget"], "--retain", files["retain"], "--retain_only_model", known_model,
         "--use_cpu", "--json", "--batch_size", "2", *LENGTHS, "--forget_tokens", "Hsiao", "Taipei", "--insertion",
-        "question",
+        "question", "--holdout", holdout, "--judge_model", tiny_model_path, "--harmless", files["plain"],
     ]  # fmt: skip
     code, out, err = cli("evaluate", *arguments)
     assert code == 0, err
@@ -250,8 +252,10 @@ def test_two_processes(cli, known_model, files):
     )
     assert result.returncode == 0, result.stderr[-3000:]
     one, two = json.loads(out), json.loads(result.stdout)  # printed once
+    assert {"generation_perplexity", "privleak"} <= set(one["metrics"]["after"]["forget"])
+    assert "refusal_rate" in one["metrics"]["after"]["harmless"]
     for name, metrics in one["metrics"]["after"].items():
-        assert two["metrics"]["after"][name] == pytest.approx(metrics, abs=1e-5)
+        assert two["metrics"]["after"][name] == pytest.approx(metrics, rel=1e-5, abs=1e-5)
     assert {key: one[key] for key in one if key != "metrics"} == {key: two[key] for key in two if key != "metrics"}
 
 

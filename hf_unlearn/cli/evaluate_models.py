@@ -153,7 +153,8 @@ def _add_privleak(result: Result, model: "PreTrainedModel", inputs: Inputs) -> N
 
     forget = result.metrics["forget"]
     if "membership_auc_min_k" not in forget:
-        return  # what is skipped says why
+        result.skipped["forget"]["privleak"] = result.skipped["forget"]["membership_auc_min_k"]
+        return
     rows = {"forget": inputs.data.members, "holdout": inputs.data.holdout}
 
     def compute() -> float:

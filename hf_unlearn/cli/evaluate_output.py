@@ -166,8 +166,12 @@ def _skipped_notes(skipped: dict[str, dict[str, str]]) -> list[str]:
             metrics.setdefault((name, reason), []).append(_label(metric))
     sets: dict[tuple[str, str], list[str]] = {}
     for (name, reason), labels in metrics.items():
-        sets.setdefault((", ".join(labels), reason), []).append(f"the {SETS[name]}")
-    return [f"{labels} of {' and '.join(names)}: skipped. {reason}" for (labels, reason), names in sets.items()]
+        sets.setdefault((_listed(labels), reason), []).append(f"the {SETS[name]}")
+    return [f"{labels} of {_listed(names)}: skipped. {reason}" for (labels, reason), names in sets.items()]
+
+
+def _listed(words: list[str]) -> str:
+    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
 
 def _table(metrics: dict[str, dict[str, float]], names: list[str], family: str) -> list[str]:

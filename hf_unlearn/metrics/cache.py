@@ -159,7 +159,9 @@ def fingerprint_model(model: PreTrainedModel | PeftModel) -> str:
     if isinstance(model, PeftModel):
         # The weights of two adapters may be the same, and their scale another
         parts["adapters"] = {name: _without_origin(config.to_dict()) for name, config in model.peft_config.items()}
-        parts["active"] = [model.active_adapters, model.get_model_status().enabled]
+        parts["active"] = model.active_adapters
+        if not model.active_peft_config.is_prompt_learning:
+            parts["enabled"] = model.get_model_status().enabled
     digest.update(json.dumps(parts, sort_keys=True, default=str).encode())
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

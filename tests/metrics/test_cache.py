@@ -23,7 +23,7 @@ import pytest
 import torch
 from datasets import Dataset
 from distributed import cache_worker
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from test_invariance import launch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -260,6 +260,12 @@ def test_an_adapter_that_is_saved_and_loaded(model, tmp_path):
     adapted.save_pretrained(tmp_path)
     first, second = (PeftModel.from_pretrained(copy.deepcopy(model), tmp_path) for _ in range(2))
     assert fingerprint_model(first) == fingerprint_model(second)
+
+
+def test_an_adapter_that_is_no_layer(model):
+    """It is refused where it would be measured, with a reason."""
+    prompts = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    assert fingerprint_model(prompts) == fingerprint_model(prompts)
 
 
 def test_every_family(random_model, architecture):
