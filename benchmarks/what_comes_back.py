@@ -158,6 +158,15 @@ def _cell(values: list[float | None]) -> str:
     return f"{statistics.fmean(known):.2f} ({min(known):.2f}–{max(known):.2f})"
 
 
+def rounded(value: Any) -> Any:
+    """Six digits of each number: what is stored is read by people and their tools."""
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [rounded(item) for item in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
 def draw(runs: list[dict[str, Any]], path: str) -> None:
     """Left, what each attack brings back of each method; right, relearning step by step. Means over seeds."""
     from matplotlib.figure import Figure
@@ -209,8 +218,8 @@ def draw(runs: list[dict[str, Any]], path: str) -> None:
         )
         twin = [statistics.fmean(curve[place]["control"] for curve in curves) for place in range(len(steps))]
     right.plot(steps, twin, "k:", label="never saw them")
-    right.set_xlabel("steps of relearning other forget rows, best of two rates")
-    right.set_ylabel("probability of forget rows not relearned")
+    right.set_xlabel("steps of relearning other rows")
+    right.set_ylabel("probability of forget rows not relearned, best of two rates")
     right.set_ylim(0, 1)
     right.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=120)
@@ -241,7 +250,7 @@ def main() -> None:
             "machine": describe_machine(),
             "runs": runs,
         }
-        Path(args.json).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        Path(args.json).write_text(json.dumps(rounded(content), separators=(",", ":")) + "\n", encoding="utf-8")
     if args.figure:
         draw(runs, args.figure)
 

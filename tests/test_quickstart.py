@@ -17,6 +17,7 @@ import hashlib
 import importlib.util
 import io
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -367,6 +368,23 @@ def test_last_command_measures_what_the_next_one_leaves(first, capsys):
     for name in ("forget", "retain"):
         for metric in ("probability", "rougeL_recall", "exact_memorization", "extraction_strength", "truth_ratio"):
             assert measured[name][metric] == pytest.approx(expected[name][metric], abs=1e-4), (name, metric)
+
+
+def test_the_attacks_run_as_printed(first, tmp_path, capsys):
+    """But for their number: the model is measured as above, and compared with the one never taught."""
+    text = quickstart_output.as_text({**first.result, "output_dir": str(tmp_path / "out")})
+    start = text.index("hf-unlearn robustness-report")
+    command = shlex.split(text[start : text.index("\n\n", start)].replace("\\\n", " "))
+    assert command[-2:] == ["--output_dir", str(tmp_path / "out-robustness")]
+    command = [word.replace(str(tmp_path / "out") + os.sep, str(first.folder) + os.sep) for word in command[1:]]
+    assert main([*command, "--attacks", "quantize", "--use_cpu", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    for when in ("before", "after"):
+        measured, expected = result["metrics"][when]["forget"], first.result["metrics"][when]["forget"]
+        assert measured["probability"] == pytest.approx(expected["probability"], abs=1e-4)
+    never_taught = first.result["metrics"]["retain_only"]["forget"]["probability"]
+    assert result["metrics"]["control"]["forget"]["probability"] == pytest.approx(never_taught, abs=1e-4)
+    assert result["attacks"][0]["score_after"] is not None
 
 
 # ---- The folder and the cache ----

@@ -100,7 +100,11 @@ def as_text(result: dict[str, Any]) -> str:
         "",
         _evaluate_command(result),
         "",
-        "`train --help`, `intervene --help` and `evaluate --help` list what else can be set.",
+        "and what attacks bring back, within a minute:",
+        "",
+        _robustness_command(result),
+        "",
+        "`--help` after the name of a command lists what else can be set.",
     ]
     return "\n".join(lines)
 
@@ -154,6 +158,22 @@ def _evaluate_command(result: dict[str, Any]) -> str:
             "retain": os.path.join(output_dir, "data", "retain.jsonl"),
             "retain_only_model": result["retain_only_model"],
             "max_new_tokens": result["max_new_tokens"],
+        },
+    )
+
+
+def _robustness_command(result: dict[str, Any]) -> str:
+    """The command that attacks the trained model, beside the model before and the one never taught."""
+    output_dir = result["output_dir"]
+    return _command(
+        f"robustness-report {shlex.quote(os.path.join(output_dir, 'model'))}",
+        {
+            "original": os.path.join(output_dir, "base"),
+            "control": result["retain_only_model"],
+            "forget": os.path.join(output_dir, "data", "forget.jsonl"),
+            "retain": os.path.join(output_dir, "data", "retain.jsonl"),
+            "max_new_tokens": result["max_new_tokens"],
+            "output_dir": f"{output_dir.rstrip(os.sep)}-robustness",
         },
     )
 
