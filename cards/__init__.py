@@ -17,6 +17,7 @@ from hf_unlearn.cards.card import render_model_card, write_model_card
 from hf_unlearn.cards.report import (
     AttackResult,
     BaseModel,
+    Benchmark,
     Certificate,
     CurvePoint,
     Data,
@@ -30,6 +31,7 @@ from hf_unlearn.cards.report import (
     ModuleFootprint,
     Rule,
     Scope,
+    Topic,
     UnlearningReport,
     Verdict,
     hash_files,
@@ -39,6 +41,7 @@ from hf_unlearn.cards.report import (
 __all__ = [
     "AttackResult",
     "BaseModel",
+    "Benchmark",
     "Certificate",
     "CurvePoint",
     "Data",
@@ -52,6 +55,7 @@ __all__ = [
     "ModuleFootprint",
     "Rule",
     "Scope",
+    "Topic",
     "UnlearningReport",
     "Verdict",
     "hash_files",

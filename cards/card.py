@@ -15,14 +15,26 @@
 
 import hashlib
 import os
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from hf_unlearn.cards.disclosure import TOPICS, visible_settings
 from hf_unlearn.cards.interventions import CITATION, INTERVENTIONS, PAPER, SETTINGS
 from hf_unlearn.cards.losses import CITATIONS, describe_losses
 from hf_unlearn.cards.markdown import integer, md_cell, md_code, md_escape, number, share
-from hf_unlearn.cards.metric_table import KEPT, SETS, metric_columns, metric_rows, metric_words, words_for
-from hf_unlearn.cards.report import REPORT_NAME, AttackResult, UnlearningReport, write_text
+from hf_unlearn.cards.metric_table import (
+    KEPT,
+    SETS,
+    metric_columns,
+    metric_label,
+    metric_rows,
+    metric_words,
+    words_for,
+)
+from hf_unlearn.cards.report import REPORT_NAME, AttackResult, Rule, UnlearningReport, is_count, write_text
+from hf_unlearn.cards.verdict import OUTCOMES
 from hf_unlearn.cards.wrappers import PRISM, describe_wrappers, used_wrappers
 
 
@@ -36,13 +48,35 @@ _ORIGIN = f"Every number here is rendered from `{REPORT_NAME}`"
 _MAX_MODULES = 20
 
 
-def render_model_card(report: UnlearningReport) -> str:
+class CardFigure(NamedTuple):
+    """A picture of the card: its file, relative to the card, and what it shows, with the numbers."""
+
+    path: str
+    text: str
+
+
+def render_model_card(
+    report: UnlearningReport,
+    *,
+    model_name: str | None = None,
+    license: str | None = None,
+    notices: Sequence[str] = (),
+    figures: Mapping[str, CardFigure] | None = None,
+) -> str:
     """
     Render the model card of an unlearned model. Every number in it comes from the report.
 
     Args:
         report ([`UnlearningReport`]):
             The report that is released beside the card. The card names its hash, so save the same report.
+        model_name (`str`, *optional*):
+            Name of the released model, with which its own numbers stand in the metadata (`model-index`).
+        license (`str`, *optional*):
+            Identifier of the base model's licence, which the release inherits; none is made up.
+        notices (`Sequence[str]`, *optional*):
+            Files of the base model's licence beside the card.
+        figures (`Mapping[str, CardFigure]`, *optional*):
+            `footprint`, `before_after`, `attacks` and `recovery`, those of them that there are.
 
     Returns:
         `str`: The content of `README.md`, YAML front matter included.
@@ -91,7 +125,16 @@ def render_model_card(report: UnlearningReport) -> str:
             report_name=REPORT_NAME,
             origin=_ORIGIN,
             report_sha256=hashlib.sha256(report.to_json().encode()).hexdigest(),
-            metadata=_metadata(report),
+            metadata=_metadata(report, model_name, license),
+            settings=visible_settings(report) if report.method else {},
+            topic_words=TOPICS,
+            license=license,
+            notices=notices,
+            figures={} if figures is None else figures,
+            outcome=OUTCOMES[report.verdict.outcome] if report.verdict else None,
+            rules=[_rule_cells(rule) for rule in report.verdict.rules] if report.verdict else [],
+            broken=[rule for rule in report.verdict.rules if rule.holds is False] if report.verdict else [],
+            curves=_curve_rows(report.attacks),
             adapter=_is_adapter(report),
             model_folder=_model_folder(report),
             verdict=_verdict(report),
@@ -146,11 +189,44 @@ def update_model_card(report: UnlearningReport, folder: str | os.PathLike) -> bo
     Returns:
         `bool`: Whether there was a card of ours. A `README.md` that someone else wrote is left as it is.
     """
+    from hf_unlearn.cards.builder import FIGURES, build_card
+
     path = Path(folder, CARD_NAME)
-    if not path.is_file() or _ORIGIN not in path.read_text(encoding="utf-8", errors="replace"):
+    if not path.is_file():
         return False
-    write_model_card(report, folder)
+    text = path.read_text(encoding="utf-8", errors="replace")
+    if not is_own_card(text):
+        return False
+    chosen = _chosen_metadata(text)
+    if any(Path(folder, name).is_file() for name in FIGURES.values()):
+        build_card(folder, **chosen)  # the pictures show the old numbers
+    else:
+        write_text(path, render_model_card(report, **chosen))
     return True
+
+
+def is_own_card(text: str) -> bool:
+    """Whether a card is one of ours, by the sentence that says where its numbers are from."""
+    return _ORIGIN in text
+
+
+def _chosen_metadata(text: str) -> dict[str, str | None]:
+    """What a card of ours has that was given when it was made, and is not in the report."""
+    import yaml
+
+    chosen: dict[str, str | None] = {"model_name": None, "license": None}
+    front = re.match(r"---\n(.*?)\n---\n", text, flags=re.DOTALL)
+    try:
+        metadata = yaml.safe_load(front[1]) if front else None
+    except yaml.YAMLError:
+        return chosen
+    if isinstance(metadata, dict):
+        if isinstance(metadata.get("license"), str):
+            chosen["license"] = metadata["license"]
+        index = metadata.get("model-index")
+        if isinstance(index, list) and index and isinstance(index[0], dict) and isinstance(index[0].get("name"), str):
+            chosen["model_name"] = index[0]["name"]
+    return chosen
 
 
 def _is_intervention(report: UnlearningReport) -> bool:
@@ -179,19 +255,20 @@ def _is_adapter(report: UnlearningReport) -> bool:
 
 def _model_folder(report: UnlearningReport) -> str:
     """Where the model lies, seen from the card: `"/model"` where all files are in one folder, else nothing."""
-    folders = {os.path.dirname(file.path) for file in report.files}
+    folders = {os.path.dirname(file.path) for file in report.files if not file.path.startswith("figures/")}
     return f"/{folders.pop()}" if len(folders) == 1 and "" not in folders else ""
 
 
-def _metadata(report: UnlearningReport) -> dict[str, Any]:
-    metadata: dict[str, Any] = {
+def _metadata(report: UnlearningReport, model_name: str | None, license: str | None) -> dict[str, Any]:
+    metadata: dict[str, Any] = {} if license is None else {"license": license}
+    metadata |= {
         "library_name": "peft" if _is_adapter(report) else "transformers",
         "pipeline_tag": "text-generation",
     }
     if report.method is None:
         # The model itself is the base, and nothing says that it is an unlearned one.
         metadata["tags"] = ["hf-unlearn"]
-        return metadata
+        return metadata | _model_index(report, model_name)
     if report.base.model_id:
         metadata["base_model"] = report.base.model_id
         metadata["base_model_relation"] = "adapter" if _is_adapter(report) else "finetune"
@@ -201,9 +278,61 @@ def _metadata(report: UnlearningReport) -> dict[str, Any]:
         names = [report.method.name]
     elif set(used_wrappers(report.method.settings)) >= PRISM:
         names.append("prism")
-    methods = dict.fromkeys(f"unlearning-method:{name}" for name in names)
+    methods = dict.fromkeys(f"unlearning-method:{name}" for name in names or [report.method.name])
     metadata["tags"] = ["unlearning", "machine-unlearning", "llm-unlearning", "hf-unlearn", *methods]
-    return metadata
+    summaries = filter(None, (report.data.forget, report.data.retain))
+    datasets = dict.fromkeys(summary.benchmark.dataset_id for summary in summaries if summary.benchmark)
+    if datasets:
+        metadata["datasets"] = list(datasets)
+    return metadata | _model_index(report, model_name)
+
+
+def _model_index(report: UnlearningReport, model_name: str | None) -> dict[str, Any]:
+    """
+    The released model's numbers. What there was before, and a control, are other models: they are in the body alone.
+    """
+    results = [
+        {
+            "task": {"type": "text-generation", "name": "Text generation"},
+            # Never the data set by its name: evaluation may have been on other rows of it
+            "dataset": {"type": name, "name": SETS[name].capitalize()},
+            "metrics": [
+                {"type": metric, "value": value, "name": metric_label(metric) or metric}
+                for metric, value in report.metrics.after[name].items()
+                if not is_count(metric) and not re.search(r"_ci_(low|high)$", metric)
+            ],
+        }
+        for name in SETS
+        if report.metrics.after.get(name)
+    ]
+    results = [result for result in results if result["metrics"]]
+    if model_name is None or not results:
+        return {}
+    return {"model-index": [{"name": model_name, "results": results}]}
+
+
+def _rule_cells(rule: Rule) -> dict[str, Any]:
+    from hf_unlearn.cards import robustness
+
+    kind, _, name = rule.name.partition(".")
+    known = kind in ("left", "kept", "recovered") or name in ("repetition", "generation_perplexity")
+    if kind in ("left", "kept", "recovered", "fluent") and known:
+        return robustness._rule_cells(rule)
+    # Of a report from elsewhere: which way the bound goes is not known
+    holds = "not measured" if rule.holds is None else "yes" if rule.holds else "**no**"
+    return {
+        "words": md_code(rule.name),
+        "sign": "",
+        "bound": number(rule.bound),
+        "measured": number(rule.measured),
+        "holds": holds,
+    }
+
+
+def _curve_rows(attacks: list[AttackResult]) -> list[list[str]]:
+    from hf_unlearn.cards import robustness
+
+    return [cells for _, worst in robustness.worst_results(attacks) for cells in robustness._curve_cells(worst)]
 
 
 def _verdict(report: UnlearningReport) -> str:
@@ -267,6 +396,7 @@ def _environment() -> "jinja2.Environment":
         "md_cell": md_cell,
         "number": number,
         "integer": integer,
+        "count": lambda value: "–" if value is None else integer(value),
         "value": _value,
         "percent_of": _percent,
         "share": share,

@@ -17,7 +17,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -47,6 +47,13 @@ RelativePath = Annotated[
     "a relative path with forward slashes and without '..'",
 ]
 Sha256 = Annotated[str, re.compile(r"[0-9a-f]{64}"), "64 hexadecimal digits"]
+# From the most that is said of the data to the least
+Disclosure = Literal["public", "category", "count-only", "sealed"]
+# Letters alone: no number, and no room for a sentence
+TopicLabel = Annotated[
+    str, re.compile(r"(?=.{2,40}\Z)[a-z]+(-[a-z]+){0,3}"), "a topic of up to four words in small letters, with hyphens"
+]
+Bucket = Literal["1-9", "10-99", "100-999", "1000-9999", "10000 or more"]
 # What is to go, what is to stay, the two sets of common knowledge that model utility is measured on as well, and the
 # prompts that should and should not be refused.
 SetName = Literal["forget", "retain", "real_authors", "world_facts", "harmful", "harmless"]
@@ -108,20 +115,50 @@ class Method:
 
 
 @dataclass
-class DataSummary:
-    """How much data there was. Nothing here can hold the data, its name or its topic."""
+class Benchmark:
+    """A public data set, named under the level `public` only. `config` and `revision` are `None` where it has none."""
 
-    rows: int
-    tokens: int
+    dataset_id: HubId
+    config: Name | None
+    split: Name
+    revision: Revision | None
+
+
+@dataclass
+class Topic:
+    """
+    What some of the rows are about, and roughly how many: under `category` and `public` only. The labels of
+    [`~hf_unlearn.cards.disclosure.TOPICS`] say the same to every reader; any other is letters and hyphens.
+    """
+
+    label: TopicLabel
+    rows: Bucket
+
+
+@dataclass
+class DataSummary:
+    """
+    How much data there was; from the level `category` on what it is about, under `public` which data set it is.
+    Nothing here can hold a row of it. `None` is an amount that is not known.
+    """
+
+    rows: int | None
+    tokens: int | None
+    topics: list[Topic] = field(default_factory=list)
+    benchmark: Benchmark | None = None
 
 
 @dataclass
 class Data:
-    """The data, at the disclosure level."""
+    """
+    The data, at the disclosure level. Under `sealed` there is a `commitment` to the forget set, and no counts; see
+    [`~hf_unlearn.cards.disclosure.commit_rows`].
+    """
 
-    disclosure: Literal["count-only"] = field(default="count-only", kw_only=True)
-    forget: DataSummary
+    disclosure: Disclosure = field(default="count-only", kw_only=True)
+    forget: DataSummary | None
     retain: DataSummary | None = None
+    commitment: Sha256 | None = None
 
 
 @dataclass
@@ -396,12 +433,17 @@ def hash_files(folder: str | os.PathLike, names: Iterable[str]) -> list[FileEntr
 
 def write_text(path: str | os.PathLike, text: str) -> None:
     """Write `text` to a new file beside `path`, then put it in its place: `path` never holds half of it."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: str | os.PathLike, content: bytes) -> None:
+    """As [`write_text`]."""
     path = Path(path)
     # Not from `tempfile`: its files are readable by their owner alone, and would stay so.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
+        with open(temporary, "wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -422,4 +464,58 @@ def _validated_report(content: Any) -> UnlearningReport:
             )
         if version < 1:
             raise ValueError(f"schema_version: expected 1 to {SCHEMA_VERSION}, got {version}")
-    return validated(values, UnlearningReport, "")
+    report = validated(values, UnlearningReport, "")
+    _check_disclosure(report)
+    return report
+
+
+def is_count(name: str) -> bool:
+    """Whether a metric or a setting of an attack is a number of rows, or cannot be above one."""
+    return re.fullmatch(r"(.*_)?(rows|samples)(_skipped|_left_out)?", name) is not None
+
+
+def _check_disclosure(report: UnlearningReport) -> None:
+    """Refuses what does not belong to the level: each says what may be there, and what must be."""
+    level, data = report.data.disclosure, report.data
+    if (data.commitment is None) == (level == "sealed"):
+        raise ValueError(
+            f"data.commitment: {'missing' if level == 'sealed' else 'not allowed'} under {level!r}: a commitment is "
+            "what 'sealed' has, and no other level"
+        )
+    if level == "sealed":
+        for name in _counts_of(report):
+            raise ValueError(f"{name}: not allowed under 'sealed', which has no counts and no footprint of a module")
+        return
+    if data.forget is None:
+        raise ValueError(f"data.forget: missing under {level!r}: 'sealed' alone has no counts")
+    for name, summary in (("forget", data.forget), ("retain", data.retain)):
+        if summary is None:
+            continue
+        if summary.topics and level == "count-only":
+            raise ValueError(f"data.{name}.topics: not allowed under 'count-only': 'category' names topics")
+        if summary.benchmark is not None and level != "public":
+            raise ValueError(f"data.{name}.benchmark: not allowed under {level!r}: 'public' names a data set")
+    if level == "category" and not data.forget.topics:
+        raise ValueError("data.forget.topics: missing under 'category': name a topic, or use 'count-only'")
+    if level == "public" and data.forget.benchmark is None:
+        raise ValueError("data.forget.benchmark: missing under 'public': name the data set, or use 'count-only'")
+
+
+def _counts_of(report: UnlearningReport) -> Iterator[str]:
+    """Where a report has what `sealed` leaves out."""
+    if report.data.forget is not None:
+        yield "data.forget"
+    if report.data.retain is not None:
+        yield "data.retain"
+    if report.footprint is not None and report.footprint.modules:
+        yield "footprint.modules"
+    for when, sets in vars(report.metrics).items():
+        for name, values in sets.items():
+            yield from (f"metrics.{when}.{name}.{metric}" for metric in values if is_count(metric))
+    for place, attack in enumerate(report.attacks):
+        for part in ("budget", "tried"):
+            yield from (f"attacks[{place}].{part}.{name}" for name in getattr(attack, part) if is_count(name))
+        if attack.axis is not None and is_count(attack.axis):
+            yield f"attacks[{place}].axis"
+    if report.certificates:
+        yield "certificates"

@@ -50,7 +50,7 @@ REPORT = UnlearningReport(
         settings={
             "beta": 0.1,
             "learning_rate": 2e-5,
-            "batch_size": 4,
+            "per_device_train_batch_size": 4,
             "optim": "adamw_torch",
             "bf16": False,
             "x": None,

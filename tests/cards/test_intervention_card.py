@@ -50,7 +50,7 @@ def intervene(report):
             steps=steps,
         )
         report.certificates = [Certificate("optimality", {"norm": 0.31234, "rank": 12}, "In float64.")]
-        report.attacks = []
+        report.attacks, report.verdict = [], None
         report.files = [
             FileEntry("adapter_model.safetensors" if scope == "lora" else "model.safetensors", 9, "ab" * 32)
         ]

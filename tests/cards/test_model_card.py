@@ -28,6 +28,7 @@ from huggingface_hub import ModelCard
 import hf_unlearn.cards.card
 from hf_unlearn.cards import (
     AttackResult,
+    Benchmark,
     Certificate,
     FileEntry,
     LossTerm,
@@ -88,6 +89,7 @@ def selected(report):
     report.footprint = None
     report.metrics = Metrics()
     report.attacks, report.certificates, report.files = [], [], []
+    report.verdict = None
     report.environment.packages = {}
     report.environment.train_seconds = None
     return report
@@ -159,8 +161,10 @@ def test_card_of_an_adapter(report):
     title, verdict, warning, origin = paragraphs(card)[:4]
     assert title == "# org/tiny\\_model after unlearning"
     assert verdict == (
-        "**Suppression, not proven removal, measured under the metrics below; of the one attack that was run, "
-        "`relearn` brought back most, 43.1%.** The mean probability of the forget set went from 0.912 to 0.0123. "
+        "**Hidden, not forgotten: an attack brings it back.** By rule, from thresholds declared before the first "
+        "attack: 1 of 2 rules broken. "
+        "Suppression, not proven removal, measured under the metrics below; of the one attack that was run, "
+        "`relearn` brought back most, 43.1%. The mean probability of the forget set went from 0.912 to 0.0123. "
         "The mean probability of the retain set went from 0.880 to 0.871."
     )
     assert warning.startswith("> [!WARNING]\n> **This release is reversible.** It is an adapter")
@@ -296,7 +300,7 @@ def test_forget_quality_is_a_comparison_with_another_model(report):
 
 def test_card_of_a_model_that_was_only_measured(report):
     report.metrics.control = {}
-    report.method, report.footprint = None, None
+    report.method, report.footprint, report.verdict = None, None, None
     report.attacks, report.certificates, report.files = [], [], []
     report.metrics.before = {}
     card = render_model_card(report)
@@ -337,6 +341,7 @@ def test_every_metric_of_an_evaluation_has_a_name_for_people():
 
 def test_attacks(report):
     reason = "the denominator is *below* 0.05"
+    report.verdict, report.attacks[0].curve = None, []
     report.attacks += [
         AttackResult("gcg", {"steps": 250}, None, "random | targets", 0.01, None, 0.03, 0.01, None, reason),
         AttackResult("quantize", {"bits": 4}, 1.2, "none", 0.01, 0.99, 0.91, 0.01, 0.9),
@@ -429,6 +434,7 @@ def test_certificates_come_with_their_limits(report):
 )
 def test_verdict(report, before, after, attacks, verdict):
     report.metrics = Metrics({"forget": before} if before else {}, {"forget": after} if after else {})
+    report.verdict = None
     report.attacks = [
         AttackResult(f"attack{number}", {}, recovered, "none", None, None, None, None, None)
         for number, recovered in enumerate(attacks)
@@ -553,6 +559,8 @@ def test_names_are_literal(report):
     report.base.model_id = None
     report.base.architecture = "My_*Model*<img src=x>[link](javascript:x)"
     report.method.checkpoint = "<b>last</b> _step_"
+    report.data.disclosure = "public"  # below it, a setting with blanks is not shown
+    report.data.forget.benchmark = Benchmark("org/_name_", "a", "train", None)
     report.method.settings["optim"] = "``` </details> <script>"
     report.certificates[0].limits = "# not a heading <i>"
     card = render_model_card(report)

@@ -34,7 +34,9 @@ from hf_unlearn.cards import FileEntry, UnlearningReport, hash_files, render_mod
 
 
 def walk(value, hint=UnlearningReport, keys=()):
-    """Yield (keys, type in the schema without its `| None`) of every value, containers included."""
+    """Yield (keys, type in the schema without its `| None`) of every value but `None`, containers included."""
+    if value is None:
+        return
     members = [member for member in typing.get_args(hint) if member is not types.NoneType]
     if typing.get_origin(hint) in (typing.Union, types.UnionType) and len(members) == 1:
         hint = members[0]
@@ -218,7 +220,8 @@ def test_settings_keep_the_type_of_each_value(report):
     report.method.settings |= {"radius": torch.tensor(0.25), "scale": np.float32(0.5), "ignore_index": -100}
     settings = report.to_dict()["method"]["settings"]
     assert settings == {
-        **{"beta": 0.1, "learning_rate": 2e-5, "batch_size": 4, "optim": "adamw_torch", "bf16": False, "x": None},
+        **{"beta": 0.1, "learning_rate": 2e-5, "per_device_train_batch_size": 4},
+        **{"optim": "adamw_torch", "bf16": False, "x": None},
         **{"radius": 0.25, "scale": 0.5, "ignore_index": -100},
     }
     assert [type(value) for value in settings.values()] == [
@@ -276,7 +279,11 @@ def test_an_unknown_attribute_is_no_way_round_the_schema(report):
             "frozen",
             "method.reference: expected 'adapter_disabled' or 'initial_weights' or 'separate_model'",
         ),
-        (("data", "disclosure"), "public", "data.disclosure: expected 'count-only'"),
+        (
+            ("data", "disclosure"),
+            "secret",
+            "data.disclosure: expected 'public' or 'category' or 'count-only' or 'sealed'",
+        ),
         (
             ("metrics", "after", "authors"),
             {},

@@ -1,0 +1,139 @@
+# Copyright 2026 The hf-unlearn authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The card of a release and its pictures, written from the report that lies in the folder."""
+
+import io
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from hf_unlearn.cards.card import CARD_NAME, CardFigure, is_own_card, render_model_card
+from hf_unlearn.cards.disclosure import apply_disclosure
+from hf_unlearn.cards.png import strip_png
+from hf_unlearn.cards.report import REPORT_NAME, Disclosure, UnlearningReport, hash_files, write_bytes, write_text
+
+
+FIGURES = {
+    "footprint": "figures/footprint.png",
+    "before_after": "figures/before_after.png",
+    "attacks": "figures/attacks.png",
+    "recovery": "figures/recovery_curves.png",
+}
+
+_NOTICES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
+
+
+def build_card(
+    folder: str | os.PathLike,
+    *,
+    disclosure: Disclosure | None = None,
+    commitment: str | None = None,
+    model_name: str | None = None,
+    license: str | None = None,
+    replace: bool = False,
+) -> list[str]:
+    """
+    Write the model card of a release from its report: `README.md`, pictures, and the report at the disclosure level.
+
+    Pictures need matplotlib (`pip install 'hf-unlearn[plots]'`); without it the card has the tables alone. Of an
+    earlier card, no picture stays that this one does not have.
+
+    Args:
+        folder (`str` or `os.PathLike`):
+            The release, with `unlearning_report.json`.
+        disclosure (`str`, *optional*):
+            `"public"`, `"category"`, `"count-only"` or `"sealed"`; defaults to the report's own level. The report in
+            the folder is written anew at this level: what it loses is gone.
+        commitment (`str`, *optional*):
+            For `"sealed"`, from [`~hf_unlearn.cards.disclosure.commit_rows`].
+        model_name (`str`, *optional*):
+            Name of the released model, with which its numbers stand in the metadata.
+        license (`str`, *optional*):
+            Identifier of the base model's licence. Left out where unset.
+        replace (`bool`, *optional*, defaults to `False`):
+            Whether to put the card in the place of a `README.md` that someone else wrote.
+
+    Returns:
+        `list[str]`: the files written, relative to the folder.
+
+    Raises:
+        `ValueError`: the report is not there or does not fit, the level says more than it holds, or there is a
+            `README.md` of someone else.
+
+    Example:
+
+    ```python
+    >>> import tempfile
+    >>> from hf_unlearn.cards import BaseModel, Data, DataSummary, Environment, UnlearningReport
+    >>> from hf_unlearn.cards.builder import build_card
+    >>> report = UnlearningReport(
+    ...     tool_version="0.1.0",
+    ...     base=BaseModel(None, None, "LlamaForCausalLM", "llama", 936448, "float32"),
+    ...     method=None,
+    ...     data=Data(DataSummary(rows=40, tokens=1203)),
+    ...     environment=Environment("3.11.9", "Linux", {}, "cpu", 1, None),
+    ... )
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     report.save(f"{folder}/unlearning_report.json")
+    ...     build_card(folder)
+    ['unlearning_report.json', 'README.md']
+
+    ```
+    """
+    folder = Path(folder)
+    report_path, card_path = folder / REPORT_NAME, folder / CARD_NAME
+    if not report_path.is_file():
+        raise ValueError(f"there is no {REPORT_NAME} in the folder: the trainer writes it when it saves the model")
+    if (
+        card_path.is_file()
+        and not replace
+        and not is_own_card(card_path.read_text(encoding="utf-8", errors="replace"))
+    ):
+        raise ValueError(f"{CARD_NAME} was written by someone else: move it away, or have it replaced")
+    report = UnlearningReport.load(report_path)
+    report = apply_disclosure(report, disclosure or report.data.disclosure, commitment=commitment)
+    pictures = _draw(report)  # before the first file is written
+    figures = {name: CardFigure(FIGURES[name], text) for name, (text, _) in pictures.items()}
+    notices = [name for name in sorted(os.listdir(folder)) if name.partition(".")[0] in _NOTICES]
+    for name in FIGURES.values():
+        (folder / name).unlink(missing_ok=True)  # of an earlier card
+    for name, (_, content) in pictures.items():
+        (folder / FIGURES[name]).parent.mkdir(exist_ok=True)
+        write_bytes(folder / FIGURES[name], content)
+    report.files = [file for file in report.files if file.path not in FIGURES.values()]
+    report.files += hash_files(folder, [figure.path for figure in figures.values()])
+    report.save(report_path)
+    card = render_model_card(report, model_name=model_name, license=license, notices=notices, figures=figures)
+    write_text(card_path, card)
+    return [REPORT_NAME, CARD_NAME, *(figure.path for figure in figures.values())]
+
+
+def _draw(report: UnlearningReport) -> dict[str, tuple[str, bytes]]:
+    """Name, alternative text and PNG of each picture that there is something to draw for."""
+    from hf_unlearn.cards import figures
+
+    if not figures.can_draw():
+        return {}
+    kinds: dict[str, tuple[Callable[..., bool], Callable[[UnlearningReport], str]]] = {
+        "footprint": (figures.draw_footprint, figures.describe_footprint),
+        "before_after": (figures.draw_before_after, figures.describe_before_after),
+        "attacks": (figures.draw_heat_map, figures.describe_heat_map),
+        "recovery": (figures.draw_recovery_curves, figures.describe_recovery_curves),
+    }
+    pictures = {}
+    for name, (draw, describe) in kinds.items():
+        file = io.BytesIO()
+        if draw(report, file):
+            pictures[name] = describe(report), strip_png(file.getvalue())
+    return pictures
