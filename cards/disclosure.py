@@ -157,11 +157,17 @@ def apply_disclosure(
     if report.method is not None:
         report.method.settings = visible_settings(report)
     if level == "sealed":
-        _seal(report)
+        seal(report)
     return UnlearningReport.from_dict(report.to_dict())
 
 
-def _seal(report: UnlearningReport) -> None:
+def seal(report: UnlearningReport) -> None:
+    """
+    Take out of a report, in place, what `sealed` leaves out: amounts, the footprint of each module, certificates.
+
+    Args:
+        report ([`UnlearningReport`]): with a commitment, or one that gets it.
+    """
     report.data.forget = report.data.retain = None
     report.certificates = []  # they count prompts, tokens and constraints
     if report.footprint is not None:
