@@ -402,7 +402,7 @@ def test_second_models_run_once(measured, forwards, known_model, tiny_model_path
     assert number > alone and "was not run" not in err
     again, number, err = run(*second, "--output", tmp_path / "a" / "report.json")
     assert number == alone and same(first, again)
-    assert "The retain-only model was not run: its truth ratios are those of an earlier run." in err
+    assert "The retain-only model was not run (truth ratios: kept from an earlier run)." in err
     assert "The reference model was not run" in err
     assert (tmp_path / "a" / "private" / "after_retain_only.jsonl").is_file()
     # Beside another report there is another cache; the same can be shared
@@ -436,7 +436,7 @@ def test_whatever_changes_they_run_again(measured, known_model, tiny_model_path,
         """Which measures were found."""
         words = [word for pair in {**usual, **changes}.items() for word in pair]
         err = measured(known_model, *words, *cache, *more)[1]
-        return re.findall(r"was not run: its (.*) are those", err)
+        return re.findall(r"was not run \((.*): kept", err)
 
     everything = ["truth ratios", "Min-K AUC"]
     assert skipped({}) == []

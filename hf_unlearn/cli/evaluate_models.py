@@ -218,5 +218,5 @@ def _kept(
     }
     value = inputs.cache.get(key, compute_and_tell)
     if not computed:
-        say(f"The {role} was not run: its {measure} are those of an earlier run.")
+        say(f"The {role} was not run ({measure}: kept from an earlier run).")
     return value
