@@ -287,6 +287,7 @@ def measure(inputs: Inputs, report: UnlearningReport, args: RobustnessArguments,
                     sets,
                     inputs.config,
                     judge=judge_model,
+                    generated=first.generated,
                     description=f"Fluency of the {role} model",
                     **settings,
                 )
