@@ -551,6 +551,7 @@ def test_help_needs_no_torch():
 @pytest.mark.parametrize("seed", range(5))
 def test_full_size(seed, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(quickstart, "Settings", Settings)  # the small size of the tests above lasts for the module
     run = call(tmp_path / "out", "--seed", str(seed), "--json")
     assert run.code == 0
     assert_forgotten(run.result["metrics"])
