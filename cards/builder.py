@@ -20,6 +20,8 @@ from pathlib import Path
 
 from hf_unlearn.cards.card import CARD_NAME, CardFigure, is_own_card, render_model_card
 from hf_unlearn.cards.disclosure import apply_disclosure
+from hf_unlearn.cards.file_names import kind_of
+from hf_unlearn.cards.merge import is_generated
 from hf_unlearn.cards.png import strip_png
 from hf_unlearn.cards.report import REPORT_NAME, Disclosure, UnlearningReport, hash_files, write_bytes, write_text
 
@@ -31,7 +33,7 @@ FIGURES = {
     "recovery": "figures/recovery_curves.png",
 }
 
-_NOTICES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
+_MODEL = ("config", "index", "tokenizer", "weights")
 
 
 def build_card(
@@ -62,7 +64,8 @@ def build_card(
         license (`str`, *optional*):
             Identifier of the base model's licence. Left out where unset.
         replace (`bool`, *optional*, defaults to `False`):
-            Whether to put the card in the place of a `README.md` that someone else wrote.
+            Whether to put the card in the place of a `README.md` that a person wrote. That of a program, such as
+            PEFT, is always replaced.
 
     Returns:
         `list[str]`: the files written, relative to the folder.
@@ -95,23 +98,24 @@ def build_card(
     report_path, card_path = folder / REPORT_NAME, folder / CARD_NAME
     if not report_path.is_file():
         raise ValueError(f"there is no {REPORT_NAME} in the folder: the trainer writes it when it saves the model")
-    if (
-        card_path.is_file()
-        and not replace
-        and not is_own_card(card_path.read_text(encoding="utf-8", errors="replace"))
-    ):
-        raise ValueError(f"{CARD_NAME} was written by someone else: move it away, or have it replaced")
+    if card_path.is_file() and not replace:
+        old_card = card_path.read_text(encoding="utf-8", errors="replace")
+        if not (is_own_card(old_card) or is_generated(old_card)):
+            raise ValueError(f"{CARD_NAME} was written by someone else: move it away, or have it replaced")
     report = UnlearningReport.load(report_path)
     report = apply_disclosure(report, disclosure or report.data.disclosure, commitment=commitment)
     pictures = _draw(report)  # before the first file is written
     figures = {name: CardFigure(FIGURES[name], text) for name, (text, _) in pictures.items()}
-    notices = [name for name in sorted(os.listdir(folder)) if name.partition(".")[0] in _NOTICES]
+    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_file(follow_symlinks=False))
+    notices = [name for name in names if kind_of(name) == "licence"]
     for name in FIGURES.values():
         (folder / name).unlink(missing_ok=True)  # of an earlier card
     for name, (_, content) in pictures.items():
         (folder / FIGURES[name]).parent.mkdir(exist_ok=True)
         write_bytes(folder / FIGURES[name], content)
     report.files = [file for file in report.files if file.path not in FIGURES.values()]
+    if not report.files:  # RunRecordCallback writes the report before the model is saved
+        report.files = hash_files(folder, [name for name in names if kind_of(name) in _MODEL])
     report.files += hash_files(folder, [figure.path for figure in figures.values()])
     report.save(report_path)
     card = render_model_card(report, model_name=model_name, license=license, notices=notices, figures=figures)

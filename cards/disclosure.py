@@ -72,7 +72,7 @@ SETTINGS = frozenset(
     "learning_rate lr_scheduler_type warmup_steps optim weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm "
     "per_device_train_batch_size gradient_accumulation_steps num_train_epochs max_steps data_seed bf16 fp16 tf32 "
     "label_smoothing_factor neftune_noise_alpha group_by_length average_tokens_across_devices "
-    "activation_checkpointing gradient_checkpointing load_best_model_at_end "
+    "activation_checkpointing load_best_model_at_end "
     # TRL
     "max_length packing packing_strategy padding_free completion_only_loss assistant_only_loss loss_type loss_weights "
     "beta label_smoothing f_divergence_type reference_free disable_dropout precompute_ref_log_probs sync_ref_model "

@@ -312,7 +312,7 @@ def describe_footprint(report: UnlearningReport) -> str:
     rows = []
     grid = footprint_grid(report)
     for layer, modules in grid.items():
-        largest = sorted(modules.items(), key=lambda item: -item[1])[: 8 if len(grid) <= 8 else 1]
+        largest = sorted(modules.items(), key=lambda item: -item[1])[: 4 if len(grid) <= 16 else 1]
         cells = ", ".join(f"{name} {number(value)}" for name, value in largest)
         more = f" and {len(modules) - len(largest)} smaller" if len(modules) > len(largest) else ""
         rows.append(f"{layer if layer == _OUTSIDE else f'layer {layer}'}: {cells}{more}")

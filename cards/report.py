@@ -54,6 +54,7 @@ TopicLabel = Annotated[
     str, re.compile(r"(?=.{2,40}\Z)[a-z]+(-[a-z]+){0,3}"), "a topic of up to four words in small letters, with hyphens"
 ]
 Bucket = Literal["1-9", "10-99", "100-999", "1000-9999", "10000 or more"]
+ReferenceKind = Literal["adapter_disabled", "initial_weights", "separate_model"]
 # What is to go, what is to stay, the two sets of common knowledge that model utility is measured on as well, and the
 # prompts that should and should not be refused.
 SetName = Literal["forget", "retain", "real_authors", "world_facts", "harmful", "harmless"]
@@ -107,7 +108,7 @@ class Method:
     forget_losses: list[LossTerm]
     retain_losses: list[LossTerm]
     scope: Scope
-    reference: Literal["adapter_disabled", "initial_weights", "separate_model"] | None
+    reference: ReferenceKind | None
     settings: dict[Name, float | int | str | bool | None]
     seed: int
     steps: int

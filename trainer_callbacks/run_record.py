@@ -41,6 +41,7 @@ from hf_unlearn.cards.report import (
     LossTerm,
     Method,
     MethodName,
+    ReferenceKind,
     SetName,
 )
 from hf_unlearn.cards.validation import validated
@@ -79,15 +80,23 @@ class CallbackRecord(Record):
         data ([`~hf_unlearn.cards.report.Data`]): what is said of the data.
         method (`str`, *optional*): its name.
         losses (`dict[str, list[LossTerm]]`): of `forget` and `retain`.
+        reference (`str`, *optional*): what the losses compare with.
         has_footprint (`bool`): whether to keep a copy of the trained tensors.
     """
 
     def __init__(
-        self, model: nn.Module, data: Data, method: str | None, losses: dict[str, list[LossTerm]], has_footprint: bool
+        self,
+        model: nn.Module,
+        data: Data,
+        method: str | None,
+        losses: dict[str, list[LossTerm]],
+        reference: str | None,
+        has_footprint: bool,
     ):
         super().__init__(model, data)
         self.name = method
         self.losses = losses
+        self.reference = reference
         self.initial = InitialWeights(model, device="cpu") if has_footprint else None
         self.made_for = weakref.ref(model)
 
@@ -98,7 +107,7 @@ class CallbackRecord(Record):
             forget_losses=self.losses["forget"],
             retain_losses=self.losses["retain"],
             scope=self._scope(trainer.model),
-            reference=None,
+            reference=self.reference,
             settings=describe_settings(args),
             seed=args.seed,
             steps=state.global_step,
@@ -226,6 +235,9 @@ class RunRecordCallback(TrainerCallback):
             as those of the forget set.
         eval_set (`str`, *optional*):
             Which set an `eval_dataset` without names is, such as `"retain"`. Without it, its evaluations are left out.
+        reference (`str`, *optional*):
+            The frozen model that the losses compare with: `"adapter_disabled"`, `"initial_weights"` or
+            `"separate_model"`.
         footprint (`bool`, *optional*, defaults to `True`):
             Whether to measure how far the weights moved.
 
@@ -251,6 +263,7 @@ class RunRecordCallback(TrainerCallback):
         retain_losses: Mapping[str, float] | None = None,
         data: Data | None = None,
         eval_set: str | None = None,
+        reference: str | None = None,
         footprint: bool = True,
     ):
         self.output_dir = output_dir
@@ -261,6 +274,7 @@ class RunRecordCallback(TrainerCallback):
         }
         self.data = None if data is None else validated(data, Data, "data")
         self.eval_set = None if eval_set is None else validated(eval_set, SetName, "eval_set")
+        self.reference = None if reference is None else validated(reference, ReferenceKind, "reference")
         self.footprint = footprint
         self._record: CallbackRecord | None = None
         self._evaluations: dict[tuple[int, str], dict[str, float]] = {}
@@ -345,7 +359,7 @@ class RunRecordCallback(TrainerCallback):
 
     def _start(self, model: nn.Module) -> None:
         data = Data(DataSummary(None, None)) if self.data is None else self.data
-        self._record = CallbackRecord(model, data, self.method, self.losses, self.footprint)
+        self._record = CallbackRecord(model, data, self.method, self.losses, self.reference, self.footprint)
 
     def _split(self, metrics: Mapping[str, float]) -> dict[str, dict[str, float]]:
         """The metrics of each set that the report knows, from one evaluation or one entry of the history."""

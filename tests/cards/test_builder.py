@@ -217,6 +217,25 @@ def test_bad_reports_are_refused_in_one_sentence(tmp_path, content, message):
     assert not (tmp_path / "README.md").exists()
 
 
+def test_the_cards_of_programs_are_replaced_and_the_model_is_listed(release, full):
+    full.files = []
+    full.save(release / "unlearning_report.json")
+    (release / "README.md").write_text(
+        "---\nbase_model: /home/ada/base\nlibrary_name: peft\n---\n\n# Model Card for Model ID\n\n"
+        "<!-- Provide a quick summary of what the model is/does. -->\n\n## Model Details\n\n"
+        "[More Information Needed]\n### Framework versions\n\n- PEFT 0.21.2"
+    )
+    for name in ("adapter_model.safetensors", "config.json", "training_args.bin", "tokenizer.json", "notes.md"):
+        (release / name).write_text(name)
+    (release / "generation_config.json").symlink_to("config.json")
+    build(release)
+    assert "/home/ada" not in card_of(release)
+    files = {file.path: file for file in UnlearningReport.load(release / "unlearning_report.json").files}
+    model = ["adapter_model.safetensors", "config.json", "tokenizer.json"]
+    assert list(files) == [*model, *FIGURES.values()]
+    assert files["config.json"].sha256 == hashlib.sha256(b"config.json").hexdigest()
+
+
 def test_a_refused_level_writes_nothing(release):
     before = (release / "unlearning_report.json").read_bytes()
     with pytest.raises(ValueError, match=r"^data\.commitment: missing under 'sealed'"):

@@ -401,7 +401,7 @@ JUNK = (
 )
 
 
-@pytest.mark.parametrize("seed", range(300))
+@pytest.mark.parametrize("seed", range(1000))
 def test_a_mutated_report_is_read_or_refused_in_one_line(content, seed):
     rng = random.Random(seed)
     for _ in range(rng.randint(1, 2)):
