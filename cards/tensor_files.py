@@ -222,9 +222,7 @@ class ModelTensors:
     def _add_file(self, name: str) -> None:
         opened = self._open(name)
         if opened is None:
-            raise ModelFileError(
-                "safetensors-index", INDEX_NAME, "names a file that is not there: save the model again"
-            )
+            raise ModelFileError("missing-file", name, "is missing: save the model again")
         descriptor, size = opened
         file = TensorFile(name, size, b"", None, [], descriptor)
         self.files[name] = file
