@@ -61,6 +61,9 @@ COMPANIONS = (
 # A tokenizer of a large vocabulary takes half of it
 MAX_COMPANION_BYTES = 64 * 2**20
 
+# Runs of rows in one manifest, so that it stays a file that is read at once
+MAX_RUNS = 100_000
+
 _WEIGHT_NAME = re.compile(r"\w[\w.-]{0,200}\.safetensors", re.ASCII)
 _SETTING = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.@+-]{0,99}")
 
@@ -202,11 +205,12 @@ def build_manifest(
             )
     with new_folder(out_folder) as folder:
         difference = diff_models(base, new, progress)
-        edits = {
-            tensor.name: _edit_of(tensor)
+        edited = [
+            tensor
             for tensor in difference.tensors
             if tensor.new is not None and (tensor.status != "identical" or tensor.start is not None)
-        }
+        ]
+        edits = {tensor.name: _edit_of(tensor, MAX_RUNS // len(edited)) for tensor in edited}
         manifest = EditManifest(
             tool_version=__version__,
             base_tensors={
@@ -289,10 +293,10 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
         raise
 
 
-def _edit_of(tensor: TensorDiff) -> TensorEdit:
-    if tensor.change is None or tensor.change.row_ranges is None or not tensor.new.shape:
+def _edit_of(tensor: TensorDiff, most_runs: int) -> TensorEdit:
+    rows = None if tensor.change is None else tensor.change.row_ranges
+    if rows is None or len(rows) > most_runs or not tensor.new.shape:
         return TensorEdit(None, [])
-    rows = tensor.change.row_ranges
     row_size = math.prod(tensor.new.shape[1:]) * item_size(tensor.new.dtype)
     # A run of rows takes about so many bytes in the manifest
     cost = sum(stop - first for first, stop in rows) * row_size + 24 * len(rows)
@@ -387,6 +391,7 @@ def _conditions(manifest: EditManifest) -> Iterator[tuple[str, bool]]:
     )
     names = [name for file in manifest.new_files for name in file.tensors]
     yield "does not put every tensor into one file", sorted(names) == sorted(new)
+    yield "has a tensor whose name is no name", all(name and name != "__metadata__" for name in new)
     for file in manifest.new_files:
         header = make_header(((name, new[name].dtype, new[name].shape) for name in file.tensors), file.metadata_format)
         size = sum(math.prod(new[name].shape) * item_size(new[name].dtype) for name in file.tensors)
@@ -397,6 +402,9 @@ def _conditions(manifest: EditManifest) -> Iterator[tuple[str, bool]]:
         all(name in edits or base.get(name) == record for name, record in new.items()),
     )
     yield "has an edit that does not fit its tensor", all(_fits(edit, new[name], base) for name, edit in edits.items())
+    # One head from the embeddings. More copies would let a small file fill a disk
+    copies = sum(edit.start not in (None, name) for name, edit in edits.items())
+    yield "copies more than one tensor of the base under another name", copies <= 1
     has_data = any(stored_shape(new[name], edit) is not None for name, edit in edits.items())
     entry = manifest.edit_file
     yield (

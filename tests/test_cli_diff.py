@@ -148,6 +148,7 @@ def test_usage(models, call, tmp_path):
         ("diff", base, tmp_path / "file"): "NEW is not a folder",
         ("diff",): "BASE",
         ("diff", base, new, "--sign", "key"): "add --manifest",
+        ("diff", base, new, "--manifest", tmp_path / "x", "--sign", tmp_path / "key"): "key to sign with",
         ("diff", base, "--manifest", tmp_path / "x"): "two models",
         ("diff", base, new, "--manifest", tmp_path / "x", "--data_commitment", "secret"): "64 hexadecimal",
         ("diff", base, new, "--jsn"): "--jsn",

@@ -79,6 +79,8 @@ def main(argv: list[str]) -> int:
         raise UsageError("--sign and --data_commitment are about a manifest: add --manifest DIR.")
     if args.manifest is not None and args.new is None:
         raise UsageError("A manifest is made of two models: pass BASE and NEW.")
+    if args.sign is not None and not os.path.isfile(args.sign):
+        raise UsageError("The key to sign with does not exist: check the path.")
     if args.data_commitment is not None and not re.fullmatch(r"[0-9a-f]{64}", args.data_commitment):
         raise UsageError("--data_commitment takes the 64 hexadecimal digits of an HMAC-SHA256.")
     with ExitStack() as stack:

@@ -14,6 +14,7 @@
 import copy
 import dataclasses
 import json
+import math
 import random
 import shutil
 import subprocess
@@ -24,7 +25,14 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from hf_unlearn.cards.manifest import EDIT_NAME, MANIFEST_NAME, SIGNATURE_NAME, EditManifest, build_manifest
+from hf_unlearn.cards.manifest import (
+    EDIT_NAME,
+    MANIFEST_NAME,
+    SIGNATURE_NAME,
+    EditManifest,
+    build_manifest,
+    make_header,
+)
 from hf_unlearn.cards.rebuild import apply_manifest
 from hf_unlearn.cards.signing import UNSIGNED, sign_manifest
 from hf_unlearn.cards.tensor_files import open_model
@@ -211,6 +219,38 @@ def test_newer_schema(pair, tmp_path):
     newer = dataclasses.replace(manifest, schema_version=2)
     with pytest.raises(ValueError, match="schema version 2.*upgrade"):
         EditManifest.from_json(newer.to_json().encode())
+
+
+def test_a_small_manifest_does_not_fill_a_disk(pair, tmp_path):
+    """Copies of one tensor of the base under many names, and sizes that no file has."""
+    base, new = pair
+    make(base, new, tmp_path / "manifest")
+    content = json.loads((tmp_path / "manifest" / MANIFEST_NAME).read_text())
+    record = content["new_tensors"]["model.norm.weight"]
+    file = next(file for file in content["new_files"] if "model.norm.weight" in file["tensors"])
+    for number in range(100):
+        content["new_tensors"][f"copy.{number}"] = record
+        content["edits"][f"copy.{number}"] = {"start": "model.norm.weight", "rows": []}
+        file["tensors"].append(f"copy.{number}")
+    records = content["new_tensors"]
+    described = [(name, records[name]["dtype"], records[name]["shape"]) for name in file["tensors"]]
+    file["size"] = 8 + len(make_header(described, "pt")) + 4 * sum(math.prod(shape) for *_, shape in described)
+    with pytest.raises(ValueError, match="copies more than one tensor"):
+        EditManifest.from_json(json.dumps(content).encode())
+
+
+def test_scattered_rows_do_not_blow_up_the_manifest(tmp_path):
+    """Every other row of many tensors: stored whole where a list of the runs would be too long."""
+    for name, step in (("base", 0.0), ("new", 1.0)):
+        tensors = {f"w{number}": torch.zeros(30_000, 20) for number in range(8)}
+        for tensor in tensors.values():
+            tensor[::2] += step
+        (tmp_path / name).mkdir()
+        save_file(tensors, tmp_path / name / "model.safetensors")
+    manifest, difference = make(tmp_path / "base", tmp_path / "new", tmp_path / "manifest")
+    assert all(len(tensor.change.row_ranges) == 15_000 for tensor in difference.tensors)
+    assert all(edit.start is None for edit in manifest.edits.values())
+    assert (tmp_path / "manifest" / MANIFEST_NAME).stat().st_size < 20_000
 
 
 def faults(content, generator):
