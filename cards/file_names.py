@@ -130,8 +130,8 @@ def unsafe_content(content: bytes) -> str | None:
 
 
 def _is_pickle(content: bytes) -> bool:
-    """Whether reading the opcodes from the first byte on leads to a STOP, past something that makes an object."""
-    stream, count, loads, last = io.BytesIO(content), 0, False, ""
+    """Whether reading the opcodes from the first byte on leads to a call, or to a STOP behind what makes an object."""
+    stream, count, loads, runs, last = io.BytesIO(content), 0, False, False, ""
     try:
         for opcode, argument, _ in pickletools.genops(stream):
             count += 1
@@ -141,10 +141,13 @@ def _is_pickle(content: bytes) -> bool:
                 if not _GLOBAL_NAME.fullmatch(argument):
                     return False
                 loads = True
-            loads |= opcode.name in ("PROTO", "STACK_GLOBAL", "REDUCE", "EXT1", "EXT2", "EXT4", "BUILD")
+            # No letters, with which a text could begin
+            loads |= opcode.name in ("PROTO", "STACK_GLOBAL")
+            runs |= loads and opcode.name in ("INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "REDUCE", "BUILD")
             if count > _MAX_OPCODES:
                 return True
     except Exception:  # genops raises whatever the decoding of an argument raises
-        return False
+        # What was called before the damage has been called by then
+        return runs
     # "2.0" is a list of opcodes as well: without any that loads something, all of the file has to be one pickle
     return last == "STOP" and count > 2 and (loads or not content[stream.tell() :].strip())

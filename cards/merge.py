@@ -187,8 +187,8 @@ def _find_markers(body: str) -> tuple[int, int] | None:
             "The card has a marker of another version of hf-unlearn: update hf-unlearn, or remove the line."
         )
     if not kinds:
-        if hidden and _open_fence(body):
-            raise ValueError("A code block of the card is never closed, and holds the markers: close it.")
+        if hidden and (_open_fence(body) or is_generated(body)):
+            raise ValueError("A code block of the card that is never closed holds the generated part: close it.")
         return None
     if kinds != [BEGIN_MARKER, END_MARKER]:
         wrong = {

@@ -231,22 +231,22 @@ def test_merging_twice_changes_nothing(report):
         "- a\n  ```\n",
         "---\n",
         "\r\n",
-        "\ufeff",
+        "\ufeff\n",
         "| a |\n",
         "",
     ]
     pieces += [EXAMPLE, f"   {END_MARKER}\n", "> ```\n"]
     fronts = ["", "---\nlanguage: en\n---\n", "---\r\ntags: [b, a]\r\n---\r\n", "---\n---\n"]
     merges = 0
-    for _ in range(300):
+    for _ in range(60):
         before, after = ("".join(generator.choices(pieces, k=2)) for _ in range(2))
         old, new, other = generator.choices(cards, k=3)
         for body in (before, f"{before}\n{block_of(mark(old))}\n{after}"):
             try:
                 once = merge_card(generator.choice(fronts) + body, new)
             except ValueError as error:
-                # Behind a block that was never closed, the example of a marker may be one
-                known = "never close|YAML|no list of keys" + ("|the pair" if EXAMPLE in body else "")
+                # Behind a block that was never closed, an example may be a marker, and a marker an example
+                known = "never close|YAML|no list of keys" + ("|the pair" if EXAMPLE in body or "~~~" in body else "")
                 assert re.search(known, str(error))
                 continue
             merges += 1
@@ -254,9 +254,9 @@ def test_merging_twice_changes_nothing(report):
             assert block_of(mark(new)) in once
             # Another card and back again: nothing of either is left behind
             assert merge_card(merge_card(once, other), new) == once or old != new
-            if before and BEGIN_MARKER not in before and not before.startswith("---"):
+            if before.strip() and BEGIN_MARKER not in before and not before.lstrip("\ufeff\r\n").startswith("---"):
                 assert before in once
-    assert merges > 300
+    assert merges > 80
 
 
 def test_a_thousand_damaged_cards(report):
