@@ -28,7 +28,11 @@ from hf_unlearn._version import __version__
 
 
 COMMANDS = {
+    "apply": "make a model from its base and an edit manifest, bit for bit",
     "attack": "try to bring back what a model forgot, and compare with a control",
+    "card": "write the model card of a release from its report",
+    "check": "check a folder before it is released: files, weights, card, secrets, and the forget set",
+    "diff": "compare two models on disk, tensor by tensor",
     "evaluate": "measure what a model still knows of one data set and what it kept of another",
     "intervene": "change a model as little as it takes to make words or answers unreachable, or prompts refused",
     "quickstart": "make a small model that knows invented people, and make it forget some of them (no network)",

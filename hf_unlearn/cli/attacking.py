@@ -156,7 +156,8 @@ def read_inputs(name: str, data_args: "DataArguments", args: SharedArguments) ->
     from hf_unlearn import UnlearnConfig
     from hf_unlearn.loading import prepare_tokenizer
 
-    from .inputs import load_rows, read_model, read_tokenizer
+    from .inputs import read_model, read_tokenizer
+    from .rows import load_rows
 
     try:
         # How rows become tokens and models are loaded: as in training

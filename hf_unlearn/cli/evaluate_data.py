@@ -74,7 +74,7 @@ def load_data(data_args: "DataArguments", args: "EvaluateArguments") -> Evaluati
     Raises:
         `UsageError`: a set cannot be read, or is empty.
     """
-    from .inputs import load_rows
+    from .rows import load_rows
 
     if args.preset is None:
         data = _from_sources(data_args, args)
@@ -104,7 +104,7 @@ def load_data(data_args: "DataArguments", args: "EvaluateArguments") -> Evaluati
 
 
 def _from_sources(data_args: "DataArguments", args: "EvaluateArguments") -> EvaluationData:
-    from .inputs import load_rows
+    from .rows import load_rows
 
     sources = {
         "forget": (data_args.forget_dataset, data_args.forget_config, data_args.forget_split),

@@ -16,14 +16,11 @@
 import copy
 import difflib
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import yaml
-from datasets import Dataset, load_dataset, load_from_disk
 from trl import TrlParser
 
 from . import UsageError
@@ -77,59 +74,6 @@ class DataArguments:
 _TRUTH_VALUES = ("yes", "true", "t", "y", "1", "no", "false", "f", "n", "0")
 
 _ALIASES = {"forget": "forget_dataset", "retain": "retain_dataset", "holdout": "holdout_dataset"}
-
-_FILE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
-
-
-def load_rows(source: str, config: str | None, split: str, name: str) -> Dataset:
-    """
-    Reads one data set.
-
-    Args:
-        source (`str`): Hub id, folder saved by `datasets`, or file.
-        config (`str`, *optional*): configuration of a Hub data set.
-        split (`str`): split.
-        name (`str`): for messages.
-
-    Raises:
-        `UsageError`: there is no such data set, format or split.
-    """
-    extension = os.path.splitext(source)[1].lower()
-    subject = f"The {name} data set {source!r}"
-    if os.path.isfile(source):
-        if extension not in _FILE_FORMATS:
-            raise UsageError(f"{subject} is not a {', '.join(_FILE_FORMATS)} file.")
-        if os.path.getsize(source) == 0:
-            raise UsageError(f"{subject} is empty: it needs at least one row.")
-        options: dict[str, Any] = {"sample_by": "paragraph"} if extension == ".txt" else {}
-        with _explained(subject, f"cannot be read as {extension}"):
-            return load_dataset(_FILE_FORMATS[extension], data_files=source, split="train", **options)
-    if os.path.isdir(source):
-        with _explained(subject, "is no folder saved by `Dataset.save_to_disk`"):
-            dataset = load_from_disk(source)
-        if isinstance(dataset, Dataset):
-            return dataset
-        if split not in dataset:
-            raise UsageError(f"The {name} data set has no split {split!r}: choose from {', '.join(dataset)}.")
-        return dataset[split]
-    if extension in _FILE_FORMATS or source.startswith((".", "/", "~")):
-        raise UsageError(f"{subject} does not exist: check the path.")
-    with _explained(f"{subject} (config {config!r}, split {split!r})", "cannot be loaded"):
-        return load_dataset(source, config, split=split)
-
-
-@contextmanager
-def _explained(subject: str, problem: str) -> Iterator[None]:
-    """Says what failed, and of why only the kind: the readers' own messages may quote a row."""
-    try:
-        yield
-    except Exception as error:
-        # What `datasets` makes of a saved folder and of a file without rows
-        if isinstance(error, IndexError) or "corresponds to no data" in str(error):
-            raise UsageError(f"{subject} is empty: it needs at least one row.") from error
-        raise UsageError(
-            f"{subject} {problem} ({type(error).__name__}): check the path or id, the config and the split."
-        ) from error
 
 
 def read_tokenizer(name: str, revision: str | None, role: str) -> "PreTrainedTokenizerBase":

@@ -99,7 +99,7 @@ def make_trainer(
     from hf_unlearn.forward import OutputHead
     from hf_unlearn.intervention_data import has_answers, read_contexts
 
-    from .inputs import load_rows
+    from .rows import load_rows
 
     _check(data_args, args, model_args)
     if args.contexts is not None:

@@ -94,7 +94,7 @@ def make_trainer(
 
     from hf_unlearn import UnlearnTrainer
 
-    from .inputs import load_rows
+    from .rows import load_rows
 
     if model_args.model_name_or_path is None:
         raise UsageError("--model_name_or_path is required: a Hub id or a folder.")

@@ -239,7 +239,7 @@ def _load_sets(data_args: "DataArguments", max_rows: int | None) -> "dict[str, D
     """The rows of both sets; unpaired preferences hold both in one."""
     from hf_unlearn.data import split_by_label
 
-    from .inputs import load_rows
+    from .rows import load_rows
 
     forget = load_rows(data_args.forget_dataset, data_args.forget_config, data_args.forget_split, "forget")
     retain = None

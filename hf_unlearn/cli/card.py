@@ -1,0 +1,112 @@
+# Copyright 2026 The hf-unlearn authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Write the model card of a release from its report.
+
+```bash
+hf-unlearn card build out --disclosure count-only
+```
+
+The card, the report at its disclosure level and the pictures are written into the folder.
+"""
+
+import argparse
+import json
+import os
+import sys
+
+from hf_unlearn.cards.builder import build_card
+from hf_unlearn.cards.disclosure import LEVELS
+
+from . import UsageError, run
+from .diff import Parser
+
+
+def make_parser() -> Parser:
+    parser = Parser(
+        prog="hf-unlearn card", description="Write the model card of a release from its report.", allow_abbrev=False
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    build = commands.add_parser(
+        "build", help="write README.md, the pictures and the report", allow_abbrev=False, prog="hf-unlearn card build"
+    )
+    build.add_argument("folder", metavar="DIR", help="The release, with unlearning_report.json.")
+    build.add_argument(
+        "--disclosure",
+        choices=LEVELS,
+        help="How much is said of the data; the report's own level where unset. What the report loses is gone.",
+    )
+    build.add_argument(
+        "--forget", metavar="F", help="For sealed: the forget set that is committed to (a file, folder or Hub id)."
+    )
+    build.add_argument("--forget_config", "--forget-config", metavar="NAME", help="Configuration of a Hub data set.")
+    build.add_argument("--forget_split", "--forget-split", metavar="NAME", default="train", help="Its split.")
+    build.add_argument(
+        "--salt", metavar="FILE", help="For sealed: where the secret salt is written, outside DIR; keep it."
+    )
+    build.add_argument("--model_name", "--model-name", metavar="NAME", help="With it, the metadata holds the numbers.")
+    build.add_argument("--license", metavar="ID", help="Identifier of the base model's licence.")
+    build.add_argument("--replace", action="store_true", help="Replace a README.md that a person wrote.")
+    build.add_argument("--json", action="store_true", help="Print the files written as JSON.")
+    build.add_argument("-q", "--quiet", action="store_true", help="Print nothing but errors.")
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    args = make_parser().parse_args(argv)
+    files = build(args)
+    if args.json:
+        print(json.dumps({"folder": args.folder, "files": files}, indent=2))
+    elif not args.quiet:
+        print("\n".join([f"In {args.folder}:", *(f"  {name}" for name in files)]))
+    return 0
+
+
+def build(args: argparse.Namespace) -> list[str]:
+    """
+    Everything that the command does but printing.
+
+    Raises:
+        `UsageError`: the report is missing or does not fit the level.
+    """
+    if not os.path.isdir(args.folder):
+        raise UsageError("DIR is not a folder: name the folder of a release, with its unlearning_report.json.")
+    if (args.disclosure == "sealed") != (args.forget is not None and args.salt is not None):
+        raise UsageError(
+            "--disclosure sealed commits to the forget set: give --forget and --salt with it, and with no other level."
+        )
+    try:
+        return build_card(
+            args.folder,
+            disclosure=args.disclosure,
+            commitment=_commitment(args) if args.disclosure == "sealed" else None,
+            model_name=args.model_name,
+            license=args.license,
+            replace=args.replace,
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def _commitment(args: argparse.Namespace) -> str:
+    from hf_unlearn.cards.disclosure import commit_rows, new_salt
+
+    from .rows import load_rows
+
+    rows = load_rows(args.forget, args.forget_config, args.forget_split, "forget").with_format(None)
+    return commit_rows(rows, new_salt(args.salt, args.folder))
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, sys.argv[1:]))
