@@ -26,6 +26,7 @@ from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_torch_file
 from transformers import AutoModelForCausalLM
 
+from hf_unlearn.cards.change import Change
 from hf_unlearn.cards.diff import diff_models
 from hf_unlearn.cards.report import Footprint
 from hf_unlearn.cards.tensor_files import ModelFileError, open_model
@@ -272,6 +273,26 @@ def test_tensors_larger_than_what_is_held(tmp_path):
     assert (found.changed_parameters, found.max_abs) == (np.count_nonzero(delta), np.abs(delta).max())
     expected = np.linalg.norm(delta) / np.linalg.norm(before.astype(np.float64))
     assert found.relative_norm == pytest.approx(expected, rel=1e-12)
+
+
+def test_changes_at_the_borders_of_what_is_held(tmp_path):
+    """Runs of rows that end where a block ends, a first chunk that is the same, a NaN that stays, a tensor less."""
+    before = np.random.default_rng(0).standard_normal((3000, 1024)).astype(np.float32)
+    before[2000, 5] = np.nan
+    after = before.copy()
+    after[[2047, 2048, 2049, 2999]] += 1
+    base = save(tmp_path / "base", {"a": before, "b": np.ones(9, np.float32), "c": before})
+    new = save(tmp_path / "new", {"a": after, "c": before})
+    with open_model(base) as first, open_model(new) as second:
+        difference = diff_models(first, second)
+        assert first.bytes_read + second.bytes_read == first.size + second.size
+    found = by_name(difference)
+    assert found["a"].change.row_ranges == [[2047, 2050], [2999, 3000]] and found["a"].changed_parameters == 4 * 1024
+    assert found["a"].base.sha256 == found["c"].new.sha256 == hashlib.sha256(before.tobytes()).hexdigest()
+    assert found["a"].new.sha256 == hashlib.sha256(after.tobytes()).hexdigest()
+    change = Change("F32", "F32", (2,))
+    change.add(np.float32([np.nan, 1]).tobytes(), np.float32([np.nan, 2]).tobytes())
+    assert change.changed == 1 and change.has_nan
 
 
 def test_other_order_of_files_gives_the_same_hashes(tmp_path):

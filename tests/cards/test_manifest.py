@@ -221,6 +221,23 @@ def test_newer_schema(pair, tmp_path):
         EditManifest.from_json(newer.to_json().encode())
 
 
+def test_edits_that_do_not_fit(pair, tmp_path):
+    """Rows out of order, twice or outside, and a tensor that is left as it is but is another one in the base."""
+    base, new = pair
+    manifest, _ = make(base, new, tmp_path / "manifest")
+    good = json.loads(manifest.to_json())
+    name = "model.layers.0.self_attn.q_proj.weight"
+    for rows in ([[0, 2], [1, 3]], [[3, 4], [0, 2]], [[0, 33]], [[2, 2]], [[-1, 1]], [[0, 1, 2]]):
+        content = copy.deepcopy(good)
+        content["edits"][name]["rows"] = rows
+        with pytest.raises(ValueError, match="does not fit its tensor"):
+            EditManifest.from_json(json.dumps(content).encode())
+    content = copy.deepcopy(good)
+    del content["edits"][name]
+    with pytest.raises(ValueError, match="another one in the base"):
+        EditManifest.from_json(json.dumps(content).encode())
+
+
 def test_a_small_manifest_does_not_fill_a_disk(pair, tmp_path):
     """Copies of one tensor of the base under many names, and sizes that no file has."""
     base, new = pair
