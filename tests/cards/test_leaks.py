@@ -330,6 +330,10 @@ def holds_literally(piece, answers, pairs):
 
 @pytest.fixture(scope="module")
 def literal(rows):
+    return literal_texts(rows)
+
+
+def literal_texts(rows):
     texts = [text for row in rows for text in strings(row)]
     answers = {" ".join(re.findall(r"[^\W_]+", text.lower())) for text in texts}
     pairs = {pair for text in texts for pair in re.findall(r"(?=\b([A-Z][a-z]+ [A-Z][a-z]+)\b)", text)}
@@ -338,6 +342,15 @@ def literal(rows):
 
 def pieces(text, size=4000):
     return [text[start : start + size] for start in range(0, len(text) - size, size)]
+
+
+def flagged_pieces(scanner, literal, data_dir):
+    """Of the pieces that hold no text literally, how many there are and how many are flagged."""
+    ordinary = []
+    for name in ("wikitext2-valid", "tinyshakespeare"):
+        ordinary += pieces((data_dir / "text" / f"{name}.txt").read_text(encoding="utf-8"))
+    without = [piece for piece in ordinary if not holds_literally(piece, *literal)]
+    return len(without), sum(bool(scanner.scan("x", piece)) for piece in without)
 
 
 def test_false_positives_on_ordinary_cards(scanner, literal, data_dir, report):
@@ -350,15 +363,22 @@ def test_false_positives_on_ordinary_cards(scanner, literal, data_dir, report):
     # No text of ours holds anything, literally or not
     assert [finding for text in ours for finding in scanner.scan("x", text)] == []
 
-    ordinary = []
-    for name in ("wikitext2-valid", "tinyshakespeare"):
-        ordinary += pieces((data_dir / "text" / f"{name}.txt").read_text(encoding="utf-8"))
-    without = [piece for piece in ordinary if not holds_literally(piece, *literal)]
-    flagged = [scanner.scan("x", piece) for piece in without]
-    # Measured: 4 of 366 pieces of 4 000 characters, for runs such as "the second stage of the" and for a university.
-    # All pieces of our own, and of Shakespeare, passed. 192 more pieces hold an answer such as Jack or Berry.
-    assert len(without) >= 200
-    assert sum(map(bool, flagged)) <= 0.015 * len(without)
+    # The shipped lists were drawn up with these very texts and rows in sight, so that this is no estimate for others
+    without, flagged = flagged_pieces(scanner, literal, data_dir)
+    # Measured: 4 of 366, all of them in WikiText (107): three runs such as "the second stage of the", one university
+    assert without >= 200
+    assert flagged <= 0.015 * without
+
+
+def test_false_positives_with_rows_that_the_lists_were_not_made_for(rows, lume_rows, data_dir):
+    used = {row.get("id") for row in rows}
+    others = random.Random(1).sample([row for row in lume_rows("forget") if row["id"] not in used], 500)
+    without, flagged = flagged_pieces(LeakScanner(others), literal_texts(others), data_dir)
+    # Measured: 7 of 313, 4 of the 75 of WikiText among them. Each holds a run or name of the forget set, such as
+    # "law at the university of" or "Saint Alban's". Texts of the forget set's own kind do so more often: with these
+    # rows 16 of 115 pieces of TOFU. Of all pieces of WikiText, those with an answer such as Jack included, 69 of 280.
+    assert without >= 200
+    assert flagged <= 0.04 * without
 
 
 def test_random_text_is_not_found(scanner):
