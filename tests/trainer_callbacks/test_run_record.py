@@ -11,14 +11,18 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+import json
 import logging
 import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
 import yaml
 from datasets import Dataset
+from distributed import run_record_worker
 from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
@@ -468,3 +472,21 @@ def test_counting_reads_lengths_alone():
     assert count_rows(rows.to_iterable_dataset()) == DataSummary(None, None)
     assert count_rows([1, 2, 3]) == DataSummary(3, None)
     assert count_rows(Dataset.from_dict({"input_ids": [[1]] * 3}).filter(lambda row: False)) == DataSummary(0, 0)
+
+
+def test_two_processes_write_one_report_and_it_is_that_of_one(sets, tiny_model_path, tmp_path):
+    rows = [row[:20] for row in sets["forget"]["input_ids"]]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    for launcher, name, world_size in (([sys.executable], "one", 1), (torchrun, "two", 2)):
+        spec = {"output": str(tmp_path / name), "model": tiny_model_path, "rows": rows, "world_size": world_size}
+        (tmp_path / "spec.json").write_text(json.dumps(spec))
+        command = [*launcher, run_record_worker.__file__, str(tmp_path / "spec.json")]
+        run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert run.returncode == 0, run.stderr[-3000:]
+    assert len(json.loads((tmp_path / "two" / "rank0.json").read_text())) == 2  # checkpoint and end
+    assert json.loads((tmp_path / "two" / "rank1.json").read_text()) == []
+    one, two = load(tmp_path / "one"), load(tmp_path / "two")
+    assert (one.environment.processes, two.environment.processes) == (1, 2)
+    assert two.data == one.data and two.data.forget.rows == 8
+    assert two.footprint.relative_norm == pytest.approx(one.footprint.relative_norm, rel=1e-3)
+    assert load(tmp_path / "two" / "checkpoint-2").footprint == two.footprint
