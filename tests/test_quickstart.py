@@ -387,6 +387,15 @@ def test_the_attacks_run_as_printed(first, tmp_path, capsys):
     assert result["attacks"][0]["score_after"] is not None
 
 
+def test_what_comes_out_may_leave(first, capsys):
+    """Both models pass the gate, given that the base has no licence: nothing in them is of the forgotten."""
+    for name in ("model", "intervention"):
+        command = ["check", str(first.folder / name), "--base", str(first.folder / "base")]
+        command += ["--forget", str(first.folder / "data" / "forget.jsonl")]
+        assert main([*command, "--acknowledge_licence", "--json"]) == 0, capsys.readouterr().out
+        assert json.loads(capsys.readouterr().out)["blocking"] == []
+
+
 # ---- The folder and the cache ----
 
 
