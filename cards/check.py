@@ -35,11 +35,16 @@ from hf_unlearn.cards.manifest import EditManifest
 from hf_unlearn.cards.release import Release, ReleaseFile, check_files, read_release
 from hf_unlearn.cards.report import REPORT_NAME, Footprint, UnlearningReport
 from hf_unlearn.cards.secrets import scan_paths, scan_secrets
-from hf_unlearn.cards.tensor_files import ModelFileError, ModelTensors, open_model
+from hf_unlearn.cards.tensor_files import INDEX_NAME, ModelFileError, ModelTensors, open_model
 
 
 # How far a norm in the report may be from the one measured: it was summed in another order
 _RELATIVE_TOLERANCE = 1e-3
+
+# What is read at once to be looked through; the largest tokenizers have half of it
+_MAX_SCANNED = 64 * 2**20
+
+_UNSAID = "what is wrong cannot be said without repeating what must not leave: look for it where the rule says."
 
 _ALLOWANCE = re.compile(r"([a-z0-9-]+)(?::([^:]+))?(?::([0-9a-f]{8,64}))?")
 
@@ -99,7 +104,8 @@ class CheckResult:
     Attributes:
         blocking (`list[Finding]`): what blocks the release.
         allowed (`list[Finding]`): what was let through by name.
-        files (`dict[str, str]`): path -> SHA-256 of every file that would be released.
+        files (`dict[str, str]`): path -> SHA-256 of every file that would be released; a name that must not leave is
+            not repeated here either.
     """
 
     blocking: list[Finding] = field(default_factory=list)
@@ -152,6 +158,7 @@ def check_release(
     names = dict(names or {})
     with ExitStack() as stack:
         release = stack.enter_context(read_release(folder))
+        written = _times_of_change(release)
         base_release = None if base is None else stack.enter_context(read_release(base, hub_links=True))
         findings = check_files(release, base_release)
         if base_release is not None:
@@ -162,14 +169,20 @@ def check_release(
         else:
             message = "no forget set was given, so nothing was looked for in what leaves: name it."
             findings.append(Finding("no-forget-set", "the folder", message))
+
+        def scan(file: str, content: bytes | str) -> list[Finding]:
+            found = scan_secrets(file, content, environment) + scan_paths(file, content)
+            return found if scanner is None else found + scanner.scan(file, content)
+
         for file, content in _texts(release, base_release, names):
-            findings += scan_secrets(file, content, environment)
-            findings += scan_paths(file, content)
-            if scanner is not None:
-                findings += scanner.scan(file, content)
+            if content is None:
+                message = f"it is larger than {_MAX_SCANNED:,} bytes, so nothing was looked for in it: remove it."
+                findings.append(Finding("not-scanned", file, message))
+            else:
+                findings += scan(file, content)
         report, report_findings = _read_report(release)
         findings += report_findings
-        findings += _check_weights(folder, base, release, report, progress)
+        findings += _check_weights(folder, base, release, report, written, progress)
         if report is not None:
             findings += _check_report(release, report)
         if (content := release.content("edit_manifest.json")) is not None:
@@ -179,14 +192,29 @@ def check_release(
                 findings.append(Finding("manifest", "edit_manifest.json", "it is no edit manifest: write it again."))
         result = CheckResult(files={path: file.sha256 for path, file in release.files.items()})
     allowances = list(allowances)
-    for finding in dict.fromkeys(_without_names(findings, release)):
+    fixed = {
+        "the folder",
+        "the weights",
+        "README.md",
+        REPORT_NAME,
+        *names,
+        *map(_withheld, range(len(release.files) + 1)),
+    }
+    for finding in dict.fromkeys(_without_matches(_without_names(findings, release), scan, fixed)):
         allowed = any(allowance.covers(finding) for allowance in allowances)
         (result.allowed if allowed else result.blocking).append(finding)
+    secret = _secret_names(result.blocking, release)
+    result.files = {secret.get(path, path): digest for path, digest in result.files.items()}
     return result
 
 
-def _texts(release: Release, base: Release | None, names: Mapping[str, str]) -> Iterator[tuple[str, bytes | str]]:
-    """What to scan: names and messages, and what each file says. What the base has too, byte for byte, is known."""
+def _texts(
+    release: Release, base: Release | None, names: Mapping[str, str]
+) -> Iterator[tuple[str, bytes | str | None]]:
+    """
+    What to scan: names and messages, and what each file says, `None` where that is too much. What the base has too,
+    byte for byte, is known.
+    """
     yield from names.items()
     for number, (path, file) in enumerate(release.files.items(), start=1):
         yield _withheld(number), path
@@ -198,21 +226,54 @@ def _texts(release: Release, base: Release | None, names: Mapping[str, str]) -> 
             yield path, file.content
         elif kind_of(path) == "weights":
             yield path, _header(file)
+        else:
+            yield path, file.read(0, file.size) if file.size <= _MAX_SCANNED else None
 
 
 def _withheld(number: int) -> str:
     return f"the name of file {number}, in alphabetical order"
 
 
+def _secret_names(findings: list[Finding], release: Release) -> dict[str, str]:
+    """The paths that must not leave, and what they are called instead."""
+    flagged = {finding.file for finding in findings}
+    return {path: _withheld(n) for n, path in enumerate(release.files, start=1) if _withheld(n) in flagged}
+
+
 def _without_names(findings: list[Finding], release: Release) -> Iterator[Finding]:
     """A file name that must not leave is not repeated by the other findings on that file."""
-    flagged = {finding.file for finding in findings}
-    secret = {path: _withheld(n) for n, path in enumerate(release.files, start=1) if _withheld(n) in flagged}
+    secret = _secret_names(findings, release)
     for finding in findings:
         for path, label in secret.items():
             file = label if finding.file == path else finding.file
             finding = replace(finding, file=file, message=finding.message.replace(path, label))
         yield finding
+
+
+def _without_matches(
+    findings: Iterable[Finding], scan: Callable[[str, str], list[Finding]], fixed: set[str]
+) -> Iterator[Finding]:
+    """
+    What a finding says is scanned as well: names of tensors, keys of a report and files that are not released are
+    quoted in it, and any of these may be what must not leave.
+    """
+    findings = list(findings)
+    quoted = [text for finding in findings for text in (finding.file, finding.message)]
+    if not scan("findings", "\n".join(dict.fromkeys(quoted))):
+        yield from findings
+        return
+    for finding in findings:
+        if finding.file not in fixed and scan("findings", finding.file):
+            finding = replace(finding, file="a file whose name must not leave", message=_UNSAID)
+        elif scan("findings", finding.message):
+            finding = replace(finding, message=_UNSAID)
+        yield finding
+
+
+def _times_of_change(release: Release) -> dict[str, tuple[int, int]]:
+    """Size and time of the last change of the files that are held open."""
+    statuses = {path: os.fstat(file.descriptor) for path, file in release.files.items() if file.descriptor >= 0}
+    return {path: (status.st_size, status.st_mtime_ns) for path, status in statuses.items()}
 
 
 def _header(file: ReleaseFile) -> bytes:
@@ -243,15 +304,19 @@ def _check_report(release: Release, report: UnlearningReport) -> Iterator[Findin
     if card is not None and digest.encode() not in card:
         message = "it does not name the hash of the report beside it: render it again with `hf-unlearn card build`."
         yield Finding("card-stale", "README.md", message)
-    for entry in report.files:
-        file = release.files.get(entry.path)
+    listed = {entry.path: entry for entry in report.files}
+    for number, (path, entry) in enumerate(listed.items(), start=1):
+        file = release.files.get(path)
         if file is None:
-            yield Finding(
-                "report-files", entry.path, "the report lists it, and it is not there: build the card again."
-            )
+            # Not by its name, which may be any text
+            message = f"file {number} of its list is not there: build the card again."
+            yield Finding("report-files", REPORT_NAME, message)
         elif (file.size, file.sha256) != (entry.size, entry.sha256):
             message = "it is not the file that the report lists: build the card again."
-            yield Finding("report-files", entry.path, message)
+            yield Finding("report-files", path, message)
+    for path in release.files:
+        if kind_of(path) in ("weights", "index") and path not in listed:
+            yield Finding("report-files", path, "the report does not list it: build the card again.")
 
 
 def _check_weights(
@@ -259,23 +324,33 @@ def _check_weights(
     base: str | os.PathLike | None,
     release: Release,
     report: UnlearningReport | None,
+    written: dict[str, tuple[int, int]],
     progress: Callable[[int], None],
 ) -> list[Finding]:
     """What the weights are: finite, other than the base's, and as far from them as the report says."""
     if not any(kind_of(path) == "weights" for path in release.files):
         return []
-    try:
-        with ExitStack() as stack:
-            model = stack.enter_context(open_model(folder))
+    with ExitStack() as stack:
+        try:
             other = None if base is None else stack.enter_context(open_model(base, hub_links=True))
-            if changed := _changed_meanwhile(release, model):
-                return [
-                    Finding("changed-while-read", path, "it changed while it was read: try again.") for path in changed
-                ]
-            difference = diff_models(other, model, progress)
-            base_file_of = {} if other is None else {name: entry.file for name, entry in other.tensors.items()}
-    except ModelFileError as error:
-        return [error.finding]
+        except ModelFileError as error:
+            raise ValueError(f"The base cannot be read: {error}.") from error
+        try:
+            model = stack.enter_context(open_model(folder))
+            changed = _changed_meanwhile(release, model)
+            if not changed:
+                difference = diff_models(other, model, progress)
+                now = _times_of_change(release)
+                changed = [path for path in model.files if now[path] != written[path]]
+        except ModelFileError as error:
+            # By a rule of its own: who lets that of a header through has not let through what was not looked at
+            message = "they could not be read, so they were not compared: see what else was found."
+            return [error.finding, Finding("weights-not-compared", "the weights", message)]
+        if changed:
+            return [
+                Finding("changed-while-read", path, "it changed while it was read: try again.") for path in changed
+            ]
+        base_file_of = {} if other is None else {name: entry.file for name, entry in other.tensors.items()}
     for entry in difference.new_files:
         release.files[entry.path].sha256 = entry.sha256  # read whole just now: not once more
     findings = []
@@ -293,11 +368,12 @@ def _changed_meanwhile(release: Release, model: ModelTensors) -> list[str]:
         status = os.fstat(descriptor)
         return status.st_dev, status.st_ino
 
-    return [
+    changed = [
         name
         for name, file in model.files.items()
         if name not in release.files or identity(file.descriptor) != identity(release.files[name].descriptor)
     ]
+    return changed + [INDEX_NAME] * (model.index is not None and model.index != release.content(INDEX_NAME))
 
 
 def _check_difference(
@@ -316,7 +392,7 @@ def _check_difference(
             yield Finding("weights-differ", "the weights", message)
     if difference.kind == "model":
         yield from _check_base_shards(release, difference, base_file_of)
-    if report is None or report.method is None:
+    if report is None:
         return
     if report.footprint is None:
         yield Finding("footprint", REPORT_NAME, "it has no footprint: it says nothing of what changed.")
