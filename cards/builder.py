@@ -17,13 +17,14 @@ import io
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
-from hf_unlearn.cards.card import CARD_NAME, CardFigure, is_own_card, render_model_card
+from hf_unlearn.cards.card import CARD_NAME, CardFigure, render_model_card
 from hf_unlearn.cards.disclosure import apply_disclosure
 from hf_unlearn.cards.file_names import kind_of
-from hf_unlearn.cards.merge import is_generated
+from hf_unlearn.cards.merge import merge_card
 from hf_unlearn.cards.png import strip_png
-from hf_unlearn.cards.report import REPORT_NAME, Disclosure, UnlearningReport, hash_files, write_bytes, write_text
+from hf_unlearn.cards.report import REPORT_NAME, Disclosure, UnlearningReport, hash_files, write_bytes
 
 
 FIGURES = {
@@ -43,7 +44,8 @@ def build_card(
     commitment: str | None = None,
     model_name: str | None = None,
     license: str | None = None,
-    replace: bool = False,
+    mode: Literal["new", "merge", "keep"] = "merge",
+    repair: bool = False,
 ) -> list[str]:
     """
     Write the model card of a release from its report: `README.md`, pictures, and the report at the disclosure level.
@@ -63,16 +65,19 @@ def build_card(
             Name of the released model, with which its numbers stand in the metadata.
         license (`str`, *optional*):
             Identifier of the base model's licence. Left out where unset.
-        replace (`bool`, *optional*, defaults to `False`):
-            Whether to put the card in the place of a `README.md` that a person wrote. That of a program, such as
-            PEFT, is always replaced.
+        mode (`str`, *optional*, defaults to `"merge"`):
+            What becomes of a `README.md` that is there, as in [`~hf_unlearn.cards.merge.merge_card`]: `"merge"` keeps
+            what a person wrote, below the generated part or around the markers of an earlier one; `"new"` puts the
+            generated card in its place, and `"keep"` leaves it.
+        repair (`bool`, *optional*, defaults to `False`):
+            Whether to drop what is at fault in the metadata of a card that is there, instead of refusing it.
 
     Returns:
         `list[str]`: the files written, relative to the folder.
 
     Raises:
-        `ValueError`: the report is not there or does not fit, the level says more than it holds, or there is a
-            `README.md` of someone else.
+        `ValueError`: the report is not there or does not fit, the level says more than it holds, or the card that is
+            there is malformed.
 
     Example:
 
@@ -98,10 +103,8 @@ def build_card(
     report_path, card_path = folder / REPORT_NAME, folder / CARD_NAME
     if not report_path.is_file():
         raise ValueError(f"there is no {REPORT_NAME} in the folder: the trainer writes it when it saves the model")
-    if card_path.is_file() and not replace:
-        old_card = card_path.read_text(encoding="utf-8", errors="replace")
-        if not (is_own_card(old_card) or is_generated(old_card)):
-            raise ValueError(f"{CARD_NAME} was written by someone else: move it away, or have it replaced")
+    existing = card_path.read_bytes().decode("utf-8", errors="replace") if card_path.is_file() else None
+    merge_card(existing, "# Title\n", mode, repair)  # refuses what it must before the first file is written
     report = UnlearningReport.load(report_path)
     report = apply_disclosure(report, disclosure or report.data.disclosure, commitment=commitment)
     pictures = _draw(report)  # before the first file is written
@@ -119,7 +122,7 @@ def build_card(
     report.files += hash_files(folder, [figure.path for figure in figures.values()])
     report.save(report_path)
     card = render_model_card(report, model_name=model_name, license=license, notices=notices, figures=figures)
-    write_text(card_path, card)
+    write_bytes(card_path, merge_card(existing, card, mode, repair).encode("utf-8"))
     return [REPORT_NAME, CARD_NAME, *(figure.path for figure in figures.values())]
 
 

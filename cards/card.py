@@ -33,7 +33,15 @@ from hf_unlearn.cards.metric_table import (
     metric_words,
     words_for,
 )
-from hf_unlearn.cards.report import REPORT_NAME, AttackResult, Rule, UnlearningReport, is_count, write_text
+from hf_unlearn.cards.report import (
+    REPORT_NAME,
+    AttackResult,
+    Rule,
+    UnlearningReport,
+    is_count,
+    write_bytes,
+    write_text,
+)
 from hf_unlearn.cards.verdict import OUTCOMES
 from hf_unlearn.cards.wrappers import PRISM, describe_wrappers, used_wrappers
 
@@ -190,18 +198,20 @@ def update_model_card(report: UnlearningReport, folder: str | os.PathLike) -> bo
         `bool`: Whether there was a card of ours. A `README.md` that someone else wrote is left as it is.
     """
     from hf_unlearn.cards.builder import FIGURES, build_card
+    from hf_unlearn.cards.merge import merge_card
 
     path = Path(folder, CARD_NAME)
     if not path.is_file():
         return False
-    text = path.read_text(encoding="utf-8", errors="replace")
+    text = path.read_bytes().decode("utf-8", errors="replace")
     if not is_own_card(text):
         return False
     chosen = _chosen_metadata(text)
     if any(Path(folder, name).is_file() for name in FIGURES.values()):
         build_card(folder, **chosen)  # the pictures show the old numbers
     else:
-        write_text(path, render_model_card(report, **chosen))
+        # What a person wrote around it stays
+        write_bytes(path, merge_card(text, render_model_card(report, **chosen)).encode("utf-8"))
     return True
 
 

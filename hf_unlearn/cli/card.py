@@ -57,7 +57,16 @@ def make_parser() -> Parser:
     )
     build.add_argument("--model_name", "--model-name", metavar="NAME", help="With it, the metadata holds the numbers.")
     build.add_argument("--license", metavar="ID", help="Identifier of the base model's licence.")
-    build.add_argument("--replace", action="store_true", help="Replace a README.md that a person wrote.")
+    build.add_argument(
+        "--card_mode",
+        "--card-mode",
+        choices=("merge", "new", "keep"),
+        default="merge",
+        help="What becomes of a README.md that is there: keep what a person wrote (default), replace it, or leave it.",
+    )
+    build.add_argument(
+        "--repair_card", "--repair-card", action="store_true", help="Drop what is at fault in its metadata."
+    )
     build.add_argument("--json", action="store_true", help="Print the files written as JSON.")
     build.add_argument("-q", "--quiet", action="store_true", help="Print nothing but errors.")
     return parser
@@ -93,7 +102,8 @@ def build(args: argparse.Namespace) -> list[str]:
             commitment=_commitment(args) if args.disclosure == "sealed" else None,
             model_name=args.model_name,
             license=args.license,
-            replace=args.replace,
+            mode=args.card_mode,
+            repair=args.repair_card,
         )
     except ValueError as error:
         raise UsageError(str(error)) from error

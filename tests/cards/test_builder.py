@@ -188,16 +188,34 @@ def test_without_matplotlib_there_are_tables(release, monkeypatch):
     )
 
 
-def test_a_card_of_someone_else_stays(release):
-    (release / "README.md").write_text("# My own words")
+def test_what_a_person_wrote_stays(release):
+    (release / "README.md").write_bytes(b"---\nlanguage: en\nbase_model: me/old\n---\n# My own words\r\nkept")
+    build(release)
+    card = (release / "README.md").read_bytes()
+    assert b"# My own words\r\nkept" in card and b"language: en" in card and b"me/old" not in card
+    assert card.count(b"hf-unlearn:begin") == card.count(b"hf-unlearn:end") == 1
+    build(release)
+    assert (release / "README.md").read_bytes() == card
+    # A report that changed is rendered anew, and the words around it stay
+    report = UnlearningReport.load(release / "unlearning_report.json")
+    report.metrics.after["forget"]["probability"] = 0.123
+    report.save(release / "unlearning_report.json")
+    assert update_model_card(report, release)
+    again = (release / "README.md").read_bytes()
+    assert b"0.123" in again and b"# My own words\r\nkept" in again and again != card
+    build(release, mode="keep")
+    assert (release / "README.md").read_bytes() == again
+    build(release, mode="new")
+    assert b"My own words" not in (release / "README.md").read_bytes()
+
+
+def test_a_malformed_card_is_refused_before_anything_is_written(release):
+    (release / "README.md").write_text("---\nlanguage: [\n---\n# Mine")
     before = {path: path.read_bytes() for path in release.rglob("*") if path.is_file()}
-    with pytest.raises(
-        ValueError, match=r"^README\.md was written by someone else: move it away, or have it replaced$"
-    ):
+    with pytest.raises(ValueError) as caught:
         build(release)
+    assert "\n" not in str(caught.value)
     assert {path: path.read_bytes() for path in release.rglob("*") if path.is_file()} == before
-    build(release, replace=True)
-    assert "My own words" not in card_of(release)
 
 
 @pytest.mark.parametrize(
@@ -260,7 +278,7 @@ def test_the_model_index_has_the_released_models_numbers_alone(release):
         ("forget", "loss"): 4.0,
         ("retain", "probability"): 0.871,
     }
-    build(release)
+    build(release, mode="new")
     metadata = front_matter(card_of(release))
     assert "model-index" not in metadata and "license" not in metadata and "## Licence" not in card_of(release)
 

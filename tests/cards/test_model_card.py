@@ -41,6 +41,7 @@ from hf_unlearn.cards import (
 )
 from hf_unlearn.cards.card import _environment, update_model_card
 from hf_unlearn.cards.markdown import md_cell, md_code, md_escape, number
+from hf_unlearn.cards.merge import mark
 from hf_unlearn.cards.metric_table import METRICS
 
 
@@ -551,7 +552,7 @@ def test_update_leaves_the_readme_of_others_alone(report, tmp_path):
     write_model_card(report, tmp_path)
     report.metrics.after["forget"]["probability"] = 0.5
     assert update_model_card(report, tmp_path)
-    assert (tmp_path / "README.md").read_text(encoding="utf-8") == render_model_card(report)
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == mark(render_model_card(report))
 
 
 def test_names_are_literal(report):
