@@ -162,7 +162,10 @@ def check_release(
         base_release = None if base is None else stack.enter_context(read_release(base, hub_links=True))
         findings = check_files(release, base_release)
         if base_release is not None:
-            findings += check_licence(release, base_release, acknowledged=licence_acknowledged)
+            try:
+                findings += check_licence(release, base_release, acknowledged=licence_acknowledged)
+            except ValueError as error:
+                raise ValueError(f"The licence of the base cannot be read: {error}") from error
         scanner = None
         if rows is not None:
             scanner = LeakScanner(rows, entities=entities, token_decoder=token_decoder)
