@@ -84,7 +84,7 @@ def draw_heat_map(report: UnlearningReport, path: str | os.PathLike) -> bool:
     axes.tick_params(length=0)
     bar = figure.colorbar(image, ax=axes, ticks=[0, 0.5, 1])
     bar.ax.set_yticklabels(["0: the control's", "0.5", "1: the original's"], fontsize=8)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, metadata={"Software": None})
     return True
 
 
@@ -115,7 +115,7 @@ def draw_recovery_curves(report: UnlearningReport, path: str | os.PathLike) -> b
     figure.supylabel("forget score", fontsize=9)
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=8)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, metadata={"Software": None})
     return True
 
 
