@@ -253,7 +253,9 @@ class Attack:
 
 
 @pytest.mark.parametrize("protocol", range(6))
-@pytest.mark.parametrize("value", [Attack(), {"name": [SECRET, 1, 2.5]}, [1, 2], np.ones(3)], ids=["call", "dict", "list", "array"])
+@pytest.mark.parametrize(
+    "value", [Attack(), {"name": [SECRET, 1, 2.5]}, [1, 2], np.ones(3)], ids=["call", "dict", "list", "array"]
+)
 def test_a_pickle_is_known_by_its_opcodes(protocol, value):
     if protocol == 5:
         content = b"".join(pickle.dumps(value, 4).partition(b"\x80\x04")) + b"trailing"
