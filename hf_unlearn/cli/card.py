@@ -30,6 +30,7 @@ from hf_unlearn.cards.builder import build_card
 from hf_unlearn.cards.disclosure import LEVELS
 
 from . import UsageError, run
+from .check import read_forget_set
 from .diff import Parser
 
 
@@ -91,31 +92,39 @@ def build(args: argparse.Namespace) -> list[str]:
     """
     if not os.path.isdir(args.folder):
         raise UsageError("DIR is not a folder: name the folder of a release, with its unlearning_report.json.")
-    if (args.disclosure == "sealed") != (args.forget is not None and args.salt is not None):
+    is_sealed = args.disclosure == "sealed"
+    if any((given is not None) != is_sealed for given in (args.forget, args.salt)):
         raise UsageError(
             "--disclosure sealed commits to the forget set: give --forget and --salt with it, and with no other level."
         )
+    commitment = _commitment(args) if is_sealed else None
     try:
         return build_card(
             args.folder,
             disclosure=args.disclosure,
-            commitment=_commitment(args) if args.disclosure == "sealed" else None,
+            commitment=commitment,
             model_name=args.model_name,
             license=args.license,
             mode=args.card_mode,
             repair=args.repair_card,
         )
     except ValueError as error:
+        if is_sealed:
+            os.unlink(args.salt)  # drawn just now, and for nothing: the next try draws its own
         raise UsageError(str(error)) from error
 
 
 def _commitment(args: argparse.Namespace) -> str:
     from hf_unlearn.cards.disclosure import commit_rows, new_salt
 
-    from .rows import load_rows
-
-    rows = load_rows(args.forget, args.forget_config, args.forget_split, "forget").with_format(None)
-    return commit_rows(rows, new_salt(args.salt, args.folder))
+    rows = read_forget_set(args)
+    try:
+        return commit_rows(rows, new_salt(args.salt, args.folder))
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    except OSError as error:
+        reason = os.strerror(error.errno)
+        raise UsageError(f"The salt cannot be written ({reason}): name a file in a folder that is there.") from error
 
 
 if __name__ == "__main__":

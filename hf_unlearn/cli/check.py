@@ -27,8 +27,9 @@ import json
 import os
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from importlib.util import find_spec
+from typing import Any
 
 from hf_unlearn.cards.check import Allowance, CheckResult, check_release
 
@@ -113,18 +114,16 @@ def check(args: argparse.Namespace) -> CheckResult:
         raise UsageError(str(error)) from error
     rows = None
     if args.forget is not None:
-        from .rows import load_rows
-
-        rows = load_rows(args.forget, args.forget_config, args.forget_split, "forget").with_format(None)
+        rows = read_forget_set(args)
     names = {_NAMES[name]: vars(args)[name] for name in _NAMES if vars(args)[name] is not None}
-    size = sum(
-        entry.stat().st_size
-        for folder in (args.folder, args.base)
-        if folder is not None
-        for entry in os.scandir(folder)
-        if entry.name.endswith(".safetensors") and entry.is_file()
-    )
     try:
+        size = sum(
+            entry.stat().st_size
+            for folder in (args.folder, args.base)
+            if folder is not None
+            for entry in os.scandir(folder)
+            if entry.name.endswith(".safetensors") and entry.is_file()
+        )
         with progress_bar("Checking the weights", size, args.quiet) as progress:
             return check_release(
                 args.folder,
@@ -137,8 +136,32 @@ def check(args: argparse.Namespace) -> CheckResult:
                 licence_acknowledged=args.acknowledge_licence,
                 progress=progress,
             )
+    except OSError as error:
+        reason = os.strerror(error.errno)
+        raise UsageError(f"A folder cannot be read ({reason}): check DIR and --base.") from error
     except ValueError as error:
         raise UsageError(str(error)) from error
+
+
+def read_forget_set(args: argparse.Namespace) -> Iterable[Mapping[str, Any]]:
+    """
+    The rows of `--forget`. What `datasets` draws while it reads is not shown under `--quiet`.
+
+    Raises:
+        `UsageError`: there is no such data set.
+    """
+    from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    from .rows import load_rows
+
+    was_disabled = are_progress_bars_disabled()
+    if args.quiet:
+        disable_progress_bars()
+    try:
+        return load_rows(args.forget, args.forget_config, args.forget_split, "forget").with_format(None)
+    finally:
+        if not was_disabled:
+            enable_progress_bars()
 
 
 def _read_entities(path: str | None) -> list[str]:
