@@ -50,8 +50,8 @@ def build_card(
     """
     Write the model card of a release from its report: `README.md`, pictures, and the report at the disclosure level.
 
-    Pictures need matplotlib (`pip install 'hf-unlearn[plots]'`); without it the card has the tables alone. Of an
-    earlier card, no picture stays that this one does not have.
+    The report lists the model's files as they are then. Pictures need matplotlib (`pip install 'hf-unlearn[plots]'`);
+    without it the card has the tables alone. Of an earlier card, no picture stays that this one does not have.
 
     Args:
         folder (`str` or `os.PathLike`):
@@ -117,8 +117,10 @@ def build_card(
         (folder / FIGURES[name]).parent.mkdir(exist_ok=True)
         write_bytes(folder / FIGURES[name], content)
     report.files = [file for file in report.files if file.path not in FIGURES.values()]
-    if not report.files:  # RunRecordCallback writes the report before the model is saved
-        report.files = hash_files(folder, [name for name in names if kind_of(name) in _MODEL])
+    # As they are now: the base's tokenizer files may have been put back, and RunRecordCallback writes the report
+    # before the model is saved. A report that lies alone keeps its list.
+    if model := [name for name in names if kind_of(name) in _MODEL]:
+        report.files = hash_files(folder, model)
     report.files += hash_files(folder, [figure.path for figure in figures.values()])
     report.save(report_path)
     card = render_model_card(report, model_name=model_name, license=license, notices=notices, figures=figures)

@@ -312,14 +312,14 @@ def _check_report(release: Release, report: UnlearningReport) -> Iterator[Findin
         file = release.files.get(path)
         if file is None:
             # Not by its name, which may be any text
-            message = f"file {number} of its list is not there: put it back, or save the model again."
+            message = f"file {number} of its list is not there: put it back, or build the card again."
             yield Finding("report-files", REPORT_NAME, message)
         elif (file.size, file.sha256) != (entry.size, entry.sha256):
-            message = "it is not the file that the report lists: put that one back, or save the model again."
+            message = "it is not the file that the report lists: put that one back, or build the card again."
             yield Finding("report-files", path, message)
     for path in release.files:
         if kind_of(path) in ("weights", "index") and path not in listed:
-            yield Finding("report-files", path, "the report does not list it: remove it, or save the model again.")
+            yield Finding("report-files", path, "the report does not list it: remove it, or build the card again.")
 
 
 def _check_weights(

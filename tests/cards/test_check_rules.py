@@ -13,20 +13,23 @@
 # limitations under the License.
 """The gate as a whole: files, weights, report and card that do not fit; what is let through; malformed input."""
 
+import ast
 import copy
 import hashlib
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from released import CHANGED, FORMAT, change_weights, edit_json, make_base, make_release, make_report
 from safetensors.numpy import load_file, save_file
 
-from hf_unlearn.cards import UnlearningReport
+from hf_unlearn.cards import UnlearningReport, leaks, secrets
 from hf_unlearn.cards import check as check_module
 from hf_unlearn.cards.builder import build_card
 from hf_unlearn.cards.check import Allowance, check_release
@@ -36,6 +39,7 @@ from hf_unlearn.cards.merge import merge_card
 from hf_unlearn.cards.tensor_files import open_model
 
 
+REPOSITORY = Path(__file__).parents[2]
 ROWS = [{"question": "Who keeps the lighthouse?", "answer": "Perpetua Lochlainn"}]
 TOKEN = "hf_" + "Qx7vBn2LpKsW9dTzRjEm"
 
@@ -352,12 +356,36 @@ def test_merged_card_passes(folder, found):
 
 
 def test_report_that_lists_other_files(folder, found):
-    def change(report):
-        report.files = [entry for entry in report.files if "safetensors" not in entry.path]
-        report.files[0].path = "gone.json"
+    """One that is gone, one that is another, and not the weights; a card that is built anew lists what is there."""
+    report = UnlearningReport.load(folder / "unlearning_report.json")
+    report.files = [entry for entry in report.files if "safetensors" not in entry.path]
+    report.files[0].path = "gone.json"
+    report.files[1].sha256 = "0" * 64
+    other = report.files[1].path
+    report.save(folder / "unlearning_report.json")
+    listed = {("report-files", name) for name in ("unlearning_report.json", "model.safetensors", other)}
+    assert found() == {("card-stale", "README.md"), *listed}
+    build_card(folder, license="mit")
+    assert found() == set()
 
-    rewrite(folder, change)
-    assert found() == {("report-files", "unlearning_report.json"), ("report-files", "model.safetensors")}
+
+def test_every_rule_is_in_the_documentation():
+    """Every name of a rule that the code can give, each once."""
+    table = (REPOSITORY / "docs/release.md").read_text(encoding="utf-8")
+    described = [
+        rule
+        for line in table.splitlines()
+        if line.startswith("| `")
+        for rule in re.findall(r"`([^`]+)`", line.split("|")[1])
+    ]
+    rules = {*leaks._MEANINGS, *secrets._SECRETS, "secret-environment", "secret-token-file"}
+    for path in (REPOSITORY / "cards").glob("*.py"):
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            name = call.func if isinstance(call, ast.Call) else None
+            name = name.attr if isinstance(name, ast.Attribute) else getattr(name, "id", "")
+            if name in ("Finding", "ModelFileError", "_find") and isinstance(call.args[0], ast.Constant):
+                rules.add(call.args[0].value)
+    assert len(described) == len(set(described)) and set(described) == rules and len(rules) > 60
 
 
 def test_newer_schema(folder, check):
