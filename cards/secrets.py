@@ -59,6 +59,7 @@ _PATHS = re.compile(
     r"|(?<![\w/.~\\])~[a-z]{0,32}/[A-Za-z.]"
     r"|(?<!\w)[A-Za-z]:[\\/]+(?i:Users|Documents and Settings|Program Files|ProgramData|Windows|Temp|home)[\\/]"
 )
+_SHORTEST_IN_BYTES = 10
 _REST_OF_PATH = re.compile(r"[\w./\\~$@+:%-]{0,200}")
 
 
@@ -120,7 +121,7 @@ def scan_paths(file: str, text: bytes | str) -> list[Finding]:
     Found are paths below folders that hold users' and clusters' files (`/home`, `/root`, `/Users`, `/tmp`, `/mnt` and
     others), in `~` and below `C:\\Users` and its like, `file://` addresses, and paths of at least two folders to a
     file with the ending of data or code. Not found are other paths, such as `/disk7/runs`, which
-    look like an API's routes.
+    look like an API's routes, and within bytes short ones in `~`.
 
     Args:
         file (`str`):
@@ -145,6 +146,9 @@ def scan_paths(file: str, text: bytes | str) -> list[Finding]:
         shown = visible(view.text)
         for match in _PATHS.finditer(shown):
             rest = _REST_OF_PATH.match(shown, match.end())
+            # Three signs stand in meaningless bytes, such as a picture's pixels, by chance
+            if view.binary and match[0].startswith("~") and len(match[0] + rest[0]) < _SHORTEST_IN_BYTES:
+                continue
             digest = match_hash(match[0] + rest[0])
             place = f", {view.form}" if view.form else f", line {1 + shown.count(chr(10), 0, match.start())}"
             message = f"{file}{place}: an absolute path (absolute-path): remove it, or make it relative"

@@ -18,6 +18,7 @@ import dataclasses
 import html
 import json
 import os
+import random
 import re
 import shutil
 import zlib
@@ -42,6 +43,7 @@ from hf_unlearn.cards import check as check_module
 from hf_unlearn.cards.check import Allowance, check_release
 from hf_unlearn.cards.leaks import LeakScanner
 from hf_unlearn.cards.report import write_text
+from hf_unlearn.cards.secrets import scan_paths, scan_secrets
 
 
 ALL = " and ".join(CANARIES[kind] for kind in ("phone", "name", "address", "email", "sentence", "passage"))
@@ -363,6 +365,23 @@ def test_large_files_are_looked_through_too(check, folder, hashes, base, tmp_pat
         file.truncate(65 * 2**20)
     found = {(finding.rule, finding.file) for finding in check(base=other).blocking}
     assert {("not-scanned", "vocab.txt"), ("tokenizer-differs", "vocab.txt")} <= found
+
+
+def test_what_no_release_holds_is_looked_through_up_to_a_megabyte(check, folder):
+    """It is blocked either way; but who lets it through by name has not let through what was not looked at."""
+    (folder / "notes.bin").write_bytes(bytes(2**20 + 1))
+    allowed = [Allowance("not-allowed", "notes.bin")]
+    assert [(f.rule, f.file) for f in check(allowances=allowed).blocking] == [("not-scanned", "notes.bin")]
+
+
+def test_pictures_hold_no_path_by_chance():
+    """Pixels are compressed, that is, any bytes at all: one of these 40 holds the likes of `~/A`."""
+    generator = random.Random(0)
+    for _ in range(40):
+        content = b"\x89PNG\r\n\x1a\n\0" + generator.randbytes(20_000)
+        assert scan_paths("figures/footprint.png", content) + scan_secrets("figures/footprint.png", content, {}) == []
+    for path in ("~/models/run7", "/home/someone/x", "~someone/models"):
+        assert scan_paths("figures/footprint.png", content + b"\0" + path.encode() + b"\xff" + content)
 
 
 def test_findings_are_plain_values(check, folder):
