@@ -15,9 +15,9 @@
 
 import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from hf_unlearn.cards.card import CARD_NAME, CardFigure, render_model_card
 from hf_unlearn.cards.disclosure import apply_disclosure
@@ -43,7 +43,7 @@ def build_card(
     disclosure: Disclosure | None = None,
     commitment: str | None = None,
     model_name: str | None = None,
-    license: str | None = None,
+    license: str | Mapping[str, Any] | None = None,
     mode: Literal["new", "merge", "keep"] = "merge",
     repair: bool = False,
 ) -> list[str]:
@@ -63,8 +63,9 @@ def build_card(
             For `"sealed"`, from [`~hf_unlearn.cards.disclosure.commit_rows`].
         model_name (`str`, *optional*):
             Name of the released model, with which its numbers stand in the metadata.
-        license (`str`, *optional*):
-            Identifier of the base model's licence. Left out where unset.
+        license (`str` or `Mapping`, *optional*):
+            Identifier of the base model's licence, or the metadata that
+            [`~hf_unlearn.cards.licence.inherit_licence`] took over. Left out where unset.
         mode (`str`, *optional*, defaults to `"merge"`):
             What becomes of a `README.md` that is there, as in [`~hf_unlearn.cards.merge.merge_card`]: `"merge"` keeps
             what a person wrote, below the generated part or around the markers of an earlier one; `"new"` puts the

@@ -54,6 +54,7 @@ CARD_NAME = "README.md"
 # By this sentence a card is known as one of ours.
 _ORIGIN = f"Every number here is rendered from `{REPORT_NAME}`"
 _MAX_MODULES = 20
+_LICENCE_KEYS = ("license", "license_name", "license_link")
 
 
 class CardFigure(NamedTuple):
@@ -67,7 +68,7 @@ def render_model_card(
     report: UnlearningReport,
     *,
     model_name: str | None = None,
-    license: str | None = None,
+    license: str | Mapping[str, Any] | None = None,
     notices: Sequence[str] = (),
     figures: Mapping[str, CardFigure] | None = None,
 ) -> str:
@@ -79,8 +80,9 @@ def render_model_card(
             The report that is released beside the card. The card names its hash, so save the same report.
         model_name (`str`, *optional*):
             Name of the released model, with which its own numbers stand in the metadata (`model-index`).
-        license (`str`, *optional*):
-            Identifier of the base model's licence, which the release inherits; none is made up.
+        license (`str` or `Mapping`, *optional*):
+            Identifier of the base model's licence, which the release inherits, or its metadata `license`,
+            `license_name` and `license_link`; none is made up.
         notices (`Sequence[str]`, *optional*):
             Files of the base model's licence beside the card.
         figures (`Mapping[str, CardFigure]`, *optional*):
@@ -136,7 +138,7 @@ def render_model_card(
             metadata=_metadata(report, model_name, license),
             settings=visible_settings(report) if report.method else {},
             topic_words=TOPICS,
-            license=license,
+            license=_licence_words(license),
             notices=notices,
             figures={} if figures is None else figures,
             outcome=OUTCOMES[report.verdict.outcome] if report.verdict else None,
@@ -220,19 +222,19 @@ def is_own_card(text: str) -> bool:
     return _ORIGIN in text
 
 
-def _chosen_metadata(text: str) -> dict[str, str | None]:
+def _chosen_metadata(text: str) -> dict[str, Any]:
     """What a card of ours has that was given when it was made, and is not in the report."""
     import yaml
 
-    chosen: dict[str, str | None] = {"model_name": None, "license": None}
+    chosen: dict[str, Any] = {"model_name": None, "license": None}
     front = re.match(r"---\n(.*?)\n---\n", text, flags=re.DOTALL)
     try:
         metadata = yaml.safe_load(front[1]) if front else None
     except yaml.YAMLError:
         return chosen
     if isinstance(metadata, dict):
-        if isinstance(metadata.get("license"), str):
-            chosen["license"] = metadata["license"]
+        licence = {key: metadata[key] for key in _LICENCE_KEYS if key in metadata}
+        chosen["license"] = licence if "license" in licence else None
         index = metadata.get("model-index")
         if isinstance(index, list) and index and isinstance(index[0], dict) and isinstance(index[0].get("name"), str):
             chosen["model_name"] = index[0]["name"]
@@ -269,8 +271,17 @@ def _model_folder(report: UnlearningReport) -> str:
     return f"/{folders.pop()}" if len(folders) == 1 and "" not in folders else ""
 
 
-def _metadata(report: UnlearningReport, model_name: str | None, license: str | None) -> dict[str, Any]:
-    metadata: dict[str, Any] = {} if license is None else {"license": license}
+def _licence_words(license: str | Mapping[str, Any] | None) -> str | None:
+    """What a licence is called for a person."""
+    if isinstance(license, Mapping):
+        license = license.get("license_name", license.get("license"))
+    return ", ".join(license) if isinstance(license, list) else license
+
+
+def _metadata(
+    report: UnlearningReport, model_name: str | None, license: str | Mapping[str, Any] | None
+) -> dict[str, Any]:
+    metadata: dict[str, Any] = {"license": license} if isinstance(license, str) else dict(license or {})
     metadata |= {
         "library_name": "peft" if _is_adapter(report) else "transformers",
         "pipeline_tag": "text-generation",

@@ -25,9 +25,12 @@ import argparse
 import json
 import os
 import sys
+from typing import Any
 
 from hf_unlearn.cards.builder import build_card
 from hf_unlearn.cards.disclosure import LEVELS
+from hf_unlearn.cards.licence import inherit_licence
+from hf_unlearn.cards.report import write_bytes
 
 from . import UsageError, run
 from .check import read_forget_set
@@ -57,7 +60,8 @@ def make_parser() -> Parser:
         "--salt", metavar="FILE", help="For sealed: where the secret salt is written, outside DIR; keep it."
     )
     build.add_argument("--model_name", "--model-name", metavar="NAME", help="With it, the metadata holds the numbers.")
-    build.add_argument("--license", metavar="ID", help="Identifier of the base model's licence.")
+    build.add_argument("--base", metavar="BASE", help="Folder of the base model, whose licence is taken over.")
+    build.add_argument("--license", metavar="ID", help="Identifier of the base's licence, where its card names none.")
     build.add_argument(
         "--card_mode",
         "--card-mode",
@@ -98,13 +102,14 @@ def build(args: argparse.Namespace) -> list[str]:
             "--disclosure sealed commits to the forget set: give --forget and --salt with it, and with no other level."
         )
     commitment = _commitment(args) if is_sealed else None
+    licence = args.license if args.base is None else _inherit(args)
     try:
         return build_card(
             args.folder,
             disclosure=args.disclosure,
             commitment=commitment,
             model_name=args.model_name,
-            license=args.license,
+            license=licence,
             mode=args.card_mode,
             repair=args.repair_card,
         )
@@ -112,6 +117,23 @@ def build(args: argparse.Namespace) -> list[str]:
         if is_sealed:
             os.unlink(args.salt)  # drawn just now, and for nothing: the next try draws its own
         raise UsageError(str(error)) from error
+
+
+def _inherit(args: argparse.Namespace) -> dict[str, Any]:
+    """Copies the licence files of the base, byte for byte, and gives what its card names."""
+    if not os.path.isdir(args.base):
+        raise UsageError("--base is not a folder: name the folder of the base model, such as a snapshot of the Hub.")
+    try:
+        inherited = inherit_licence(args.base, acknowledged=args.license is not None)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    if args.license is not None and inherited.metadata.get("license") not in (None, args.license):
+        raise UsageError("--license is not what the base's card names: leave it out, and it is inherited.")
+    for name, content in inherited.files.items():
+        write_bytes(os.path.join(args.folder, name), content)
+    for finding in inherited.findings:
+        print(f"Licence: {finding.message}", file=sys.stderr)
+    return inherited.metadata or ({} if args.license is None else {"license": args.license})
 
 
 def _commitment(args: argparse.Namespace) -> str:
