@@ -197,7 +197,7 @@ def test_cards_of_all_levels_pass(place, call, tmp_path, level):
     """Built by the command from a report at the level `public`, and checked by the command."""
     folder = make_release(place / "base", tmp_path / "release", "public")
     sealed = ("--forget", place / "few.jsonl", "--salt", tmp_path / "salt") if level == "sealed" else ()
-    code, out, err = call("card", "build", folder, "--disclosure", level, "--license", "mit", *sealed, "--json")
+    code, out, err = call("card", "build", folder, "--disclosure", level, "--license", "mit", *sealed, "--json", "-q")
     files = json.loads(out)["files"]
     assert (code, err) == (0, "") and files[:2] == ["unlearning_report.json", "README.md"]
     code, out, _ = call("check", folder, "--base", place / "base", "--forget", place / "forget.jsonl", "-q")
