@@ -240,7 +240,7 @@ def test_card_usage(place, folder, call, tmp_path):
     }
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     for arguments, sentence in cases.items():
-        code, out, err = call("card", *arguments)
+        code, out, err = call("card", *arguments, *(["-q"] if arguments else []))
         assert (code, out) == (2, "") and sentence in err and err.count("\n") == 1, (arguments, err)
         assert str(tmp_path) not in err
     # Nothing was written: no card, and no salt that would be in the way of the next try
