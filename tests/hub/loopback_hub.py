@@ -14,97 +14,83 @@
 """
 A Hub on 127.0.0.1, so that the real clients (`huggingface_hub`, `datasets`, `transformers`) are tested over HTTP.
 
-It holds repositories in memory and answers what reading takes: repository info, trees, paths and files. What it does
-not know, it answers with 404 and keeps in `requests`, so that a test can see what a client wanted.
+It holds repositories in memory and answers what reading and writing takes: repositories, trees, files, commits, large
+files, branches, tags, pull requests and permissions. What it does not know, it answers with 404 and keeps in
+`requests`, so that a test can see what a client wanted. Any request can be made to fail, before or after its effect.
 
 Clients freeze their endpoint when they are imported: set [`LoopbackHub.environment`] on a subprocess.
+
+It cannot show what only the real one does: the Xet protocol, all rules for model cards, scans, rate limits, and when
+commits that no ref reaches are collected.
 """
 
 import hashlib
-import json
 import os
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import socket
+import struct
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import count
 from pathlib import Path
-from threading import Thread
+from threading import RLock, Thread
 from typing import Any, NamedTuple
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
-import yaml
-
-
-DATE = "2026-01-01T00:00:00.000Z"
-
-
-class HubError(Exception):
-    """An answer that the clients turn into an exception of their own, by its code."""
-
-    def __init__(self, status: int, code: str, message: str):
-        super().__init__(message)
-        self.status, self.code, self.message = status, code, message
-
-
-@dataclass
-class Commit:
-    """One state of a repository. Files are named by their path, with forward slashes."""
-
-    files: dict[str, bytes]
-    title: str
-
-    @property
-    def oid(self) -> str:
-        digest = hashlib.sha1(self.title.encode())
-        for path, content in sorted(self.files.items()):
-            digest.update(f"{path}\0{git_oid(content)}\0".encode())
-        return digest.hexdigest()
-
-
-@dataclass
-class Repository:
-    """
-    A model, data set or space with its history.
-
-    Args:
-        kind (`str`): `"models"`, `"datasets"` or `"spaces"`.
-        name (`str`): such as `"org/name"`.
-        commits (`list[Commit]`): oldest first.
-        branches (`dict[str, str]`): branch or tag -> oid.
-    """
-
-    kind: str
-    name: str
-    commits: list[Commit] = field(default_factory=list)
-    branches: dict[str, str] = field(default_factory=dict)
-
-    def commit(self, files: dict[str, bytes], title: str = "a commit", branch: str = "main") -> Commit:
-        """Adds a commit with `files` as its whole content."""
-        commit = Commit(files, title)
-        self.commits.append(commit)
-        self.branches[branch] = commit.oid
-        return commit
-
-    def at(self, revision: str) -> Commit:
-        oid = self.branches.get(revision, revision)
-        for commit in self.commits:
-            if commit.oid == oid:
-                return commit
-        raise HubError(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+import hub_discussions  # noqa: F401 (registers what it answers)
+import hub_reading  # noqa: F401
+import hub_writing  # noqa: F401
+from hub_routing import Call, Response, as_error, dispatch
+from hub_storage import Upload
+from hub_store import HubError, Repository, User
 
 
 class Request(NamedTuple):
-    """What a client asked for, and the status that it got."""
+    """What a client asked for, and the status that it got: 0 if the connection was dropped before."""
 
     method: str
     path: str
     status: int
+    query: str = ""
+    headers: Mapping[str, str] = {}
+    body: bytes = b""
+
+    @property
+    def writes(self) -> bool:
+        return self.method not in ("GET", "HEAD")
 
 
-class Response(NamedTuple):
-    status: int
-    headers: dict[str, str]
-    body: bytes
+@dataclass
+class Fault:
+    """
+    A failure of the requests that it is for, one after the other.
+
+    Args:
+        method (`str`): of the requests.
+        path (`re.Pattern`): found anywhere in their unquoted path.
+        when (`str`): `"before"` or `"after"` they took effect, or `"during"` their transfer.
+        status (`int`, *optional*): of the answer; `None` drops the connection without one.
+        size (`int`): with `"during"`: how many bytes of the body arrive, of the request if it has one, else of the
+            answer.
+        skip (`int`): how many of the requests pass first.
+        times (`int`): how many of them fail then.
+        meanwhile (`Callable`, *optional*): what happens just before the request is handled, in place of a failure.
+    """
+
+    method: str
+    path: re.Pattern[str]
+    when: str
+    status: int | None = None
+    size: int = 0
+    skip: int = 0
+    times: int = 1
+    meanwhile: Callable[[], object] | None = None
+
+    def response(self) -> Response | None:
+        if self.status is None:
+            return None
+        return as_error(HubError(self.status, None, f"The loopback Hub fails {self.when} the effect of a request"))
 
 
 class LoopbackHub:
@@ -113,48 +99,109 @@ class LoopbackHub:
 
     Attributes:
         endpoint (`str`): such as `http://127.0.0.1:43210`, for `HF_ENDPOINT`.
+        storage (`str`): the address of the large files, another origin: a token must never get there.
         requests (`list[Request]`): all that was asked for, in order.
+        repositories (`dict[tuple[str, str], Repository]`): kind and name -> what it holds.
+        users (`dict[str, User]`): token -> who it speaks for.
+        faults (`list[Fault]`): the failures that are still to come.
+        page_size, lfs_threshold, multipart_above, part_size (`int`): entries on a page; bytes above which a file is a
+            large one, and above which it is sent in parts, and the bytes of a part.
 
     Example:
 
     ```python
     with LoopbackHub() as hub:
+        token = hub.add_user("alice", organizations={"org": "write"})
         hub.add("datasets", "org/name", {"README.md": b"...", "rows.json": b"..."})
-        subprocess.run(command, env={**os.environ, **hub.environment(tmp_path)})
-        assert ("GET", "/api/datasets/org/name", 200) in hub.requests
+        hub.drop("POST", "/commit/", "after")  # the commit is made, but the client never hears of it
+        subprocess.run(command, env={**os.environ, **hub.environment(tmp_path, token)})
+        assert hub.repository("org/name", "datasets").read("main") == {...}
+        assert ("GET", "/api/datasets/org/name", 200) in [request[:3] for request in hub.requests]
     ```
     """
 
     def __init__(self) -> None:
-        self.repositories: dict[tuple[str, str], Repository] = {}
-        self.requests: list[Request] = []
+        self._lock = RLock()
         hub = self
 
         class Handler(_Handler):
-            def answer(self) -> Response:
+            def answer(self) -> tuple[Response | None, int | None]:
                 return hub._answer(self)
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._thread = Thread(target=self._server.serve_forever, daemon=True)
-        self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
+        self._servers = [ThreadingHTTPServer(("127.0.0.1", 0), Handler) for _ in range(2)]
+        self._threads = [Thread(target=server.serve_forever, args=(0.05,), daemon=True) for server in self._servers]
+        self.endpoint, self.storage = (f"http://127.0.0.1:{server.server_port}" for server in self._servers)
+        self.reset()
+
+    def reset(self) -> None:
+        """Back to an empty Hub, at the same address."""
+        with self._lock:
+            self.repositories: dict[tuple[str, str], Repository] = {}
+            self.requests: list[Request] = []
+            self.users: dict[str, User] = {}
+            self.faults: list[Fault] = []
+            self.uploads: dict[str, Upload] = {}
+            self.links: dict[tuple[str, str], Repository] = {}
+            self._keys = count()
+            self.page_size = 1000
+            self.lfs_threshold = 10_000_000
+            self.multipart_above = self.part_size = 5_000_000_000
 
     def __enter__(self) -> "LoopbackHub":
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
+        for server, thread in zip(self._servers, self._threads, strict=True):
+            server.shutdown()
+            server.server_close()
+            thread.join()
 
-    def add(self, kind: str, name: str, files: dict[str, bytes]) -> Repository:
-        """Adds a repository with one commit."""
-        repository = Repository(kind, name)
-        repository.commit(files)
+    # ---- What it holds ----
+
+    def add(
+        self,
+        kind: str,
+        name: str,
+        files: dict[str, bytes],
+        *,
+        private: bool = False,
+        gated: bool | str = False,
+        lfs: Collection[str] = (),
+    ) -> Repository:
+        """Adds a repository with one commit, and the files that match a pattern in `lfs` in the large file storage."""
+        repository = Repository(kind, name, private, gated)
+        repository.commit(files, lfs=lfs)
         self.repositories[kind, name] = repository
         return repository
 
-    def environment(self, home: Path) -> dict[str, str]:
+    def add_user(self, name: str, role: str = "write", organizations: Mapping[str, str] | None = None) -> str:
+        """Adds a user, and returns a token that may `"read"` or `"write"`."""
+        token = f"hf_{name}_{role}"
+        self.users[token] = User(name, role, organizations or {})
+        return token
+
+    def repository(self, name: str, kind: str = "models") -> Repository:
+        return self.repositories[kind, name]
+
+    def state(self) -> dict[str, Any]:
+        """All that it holds, to compare with an earlier or later one."""
+        with self._lock:
+            return {f"{kind}/{name}": repository.state() for (kind, name), repository in self.repositories.items()}
+
+    def writes(self) -> list[Request]:
+        """The requests that could have changed something."""
+        return [request for request in self.requests if request.writes]
+
+    def sent(self) -> bytes:
+        """All that clients sent, to search for what must not be in it: addresses, headers and bodies."""
+        return b"\n".join(
+            f"{request.path}?{unquote(request.query)} {dict(request.headers)}".encode() + b"\n" + request.body
+            for request in self.requests
+        )
+
+    def environment(self, home: Path, token: str = "") -> dict[str, str]:
         """What a client's process needs: this endpoint, a cache of its own in `home`, and nothing else on the net."""
         no_proxy = {name: "" for name in os.environ if name.lower() in ("http_proxy", "https_proxy", "all_proxy")}
         return {
@@ -162,6 +209,7 @@ class LoopbackHub:
             "NO_PROXY": "127.0.0.1",
             "HF_ENDPOINT": self.endpoint,
             "HF_HOME": str(home),
+            "HF_TOKEN": token,
             "HF_HUB_OFFLINE": "0",
             "HF_DATASETS_OFFLINE": "0",
             "HF_HUB_DISABLE_XET": "1",
@@ -169,173 +217,122 @@ class LoopbackHub:
             "HF_HUB_DISABLE_UPDATE_CHECK": "1",
         }
 
+    # ---- Failures ----
+
+    def fail(self, method: str, path: str, when: str, status: int = 503, *, skip: int = 0, times: int = 1) -> None:
+        """The next requests that match get an error, `"before"` or `"after"` they took effect."""
+        self.faults.append(Fault(method, re.compile(path), when, status, skip=skip, times=times))
+
+    def drop(self, method: str, path: str, when: str, *, size: int = 0, skip: int = 0, times: int = 1) -> None:
+        """
+        The next requests that match lose their connection, `"before"` or `"after"` they took effect, or `"during"` the
+        transfer: after `size` bytes of the request's body, or of the answer's if the request has none.
+        """
+        self.faults.append(Fault(method, re.compile(path), when, size=size, skip=skip, times=times))
+
+    def meanwhile(self, method: str, path: str, action: Callable[[], object]) -> None:
+        """Just before the next request that matches, `action` happens, such as a commit of somebody else."""
+        self.faults.append(Fault(method, re.compile(path), "before", meanwhile=action))
+
+    def _next_fault(self, method: str, path: str) -> Fault | None:
+        for fault in self.faults:
+            if fault.method == method and fault.path.search(path):
+                if fault.skip > 0:
+                    fault.skip -= 1
+                    continue
+                fault.times -= 1
+                if fault.times == 0:
+                    self.faults.remove(fault)
+                return fault
+        return None
+
     # ---- Answering ----
 
-    def _answer(self, handler: "_Handler") -> Response:
-        path = urlsplit(handler.path).path
-        try:
-            response = self._route(handler, path)
-        except HubError as error:
-            body = json.dumps({"error": error.message}).encode()
-            headers = {"X-Error-Code": error.code, "X-Error-Message": error.message, **_JSON}
-            response = Response(error.status, headers, body)
-        self.requests.append(Request(handler.command, unquote(path), response.status))
-        return response
+    def new_key(self) -> str:
+        """A part of an address that nobody guesses, in the order of the requests."""
+        return hashlib.sha1(f"{self.endpoint} {next(self._keys)}".encode()).hexdigest()[:16]
 
-    def _route(self, handler: "_Handler", path: str) -> Response:
-        # A revision such as refs%2Fpr%2F1 is one part of the path: it is split first and unquoted then
-        for method, pattern, view in _ROUTES:
-            match = pattern.fullmatch(path)
-            if match and (handler.command == method or (handler.command, method) == ("HEAD", "GET")):
-                parts = {name: unquote(value) for name, value in match.groupdict().items() if value is not None}
-                kind, name = parts.pop("kind", "models"), parts.pop("name")
-                if (kind, name) not in self.repositories:
-                    raise HubError(404, "RepoNotFound", "Repository not found")
-                return view(self.repositories[kind, name], handler, **parts)
-        raise HubError(404, "NotFound", f"This Hub does not know {handler.command} {path}")
+    def link(self, repository: Repository, sha: str) -> str:
+        """The address of a large file in the storage, for whoever may read it."""
+        key = self.new_key()
+        self.links[key, sha] = repository
+        return f"{self.storage}/_cdn/{key}/{sha}"
+
+    def _answer(self, handler: "_Handler") -> tuple[Response | None, int | None]:
+        """The answer, `None` to drop the connection; and how many bytes of its body are sent, `None` for all."""
+        address = urlsplit(handler.path)
+        path = unquote(address.path)
+        with self._lock:
+            fault = self._next_fault(handler.command, path)
+        length = int(handler.headers.get("Content-Length", 0))
+        interrupted = fault is not None and fault.when == "during" and length > 0
+        body = handler.rfile.read(min(length, fault.size) if fault is not None and interrupted else length)
+        if fault is not None and fault.meanwhile is not None:
+            fault.meanwhile()
+        response: Response | None = None
+        size = None
+        # One request after the other, so that each changes the state in one step
+        with self._lock:
+            if not interrupted:
+                method = "GET" if handler.command == "HEAD" else handler.command
+                call = Call(self, method, address.path, address.query, handler.headers, body)
+                if fault is None:
+                    response = self._respond(call)
+                elif fault.meanwhile is not None:
+                    response = self._respond(call)
+                elif fault.when == "before":
+                    response = fault.response()
+                elif fault.when == "after":
+                    self._respond(call)
+                    response = fault.response()
+                else:
+                    response, size = self._respond(call), fault.size
+            status = response.status if response is not None else 0
+            self.requests.append(Request(handler.command, path, status, address.query, handler.headers, body))
+        return response, size
+
+    def _respond(self, call: Call) -> Response:
+        try:
+            return dispatch(call)
+        except HubError as error:
+            return as_error(error)
 
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
 
-    def answer(self) -> Response:
+    def answer(self) -> tuple[Response | None, int | None]:
         raise NotImplementedError
 
-    def body(self) -> bytes:
-        return self.rfile.read(int(self.headers.get("Content-Length", 0)))
-
     def _respond(self) -> None:
-        status, headers, body = self.answer()
-        self.send_response(status)
-        for name, value in {"X-Request-Id": "loopback", **headers, "Content-Length": str(len(body))}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
+        response, size = self.answer()
+        if response is not None:
+            status, headers, body = response
+            self.send_response(status)
+            for name, value in {"X-Request-Id": "loopback", **headers, "Content-Length": str(len(body))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(body[:size])
+        if response is None or size is not None:
+            self._drop(abruptly=response is None)
 
-    do_GET = do_HEAD = do_POST = _respond
+    def _drop(self, *, abruptly: bool) -> None:
+        self.close_connection = True
+        if abruptly:
+            # A reset, as when the machine behind is gone
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            # Not through the server: it would say goodbye first
+            self.rfile.close()
+            self.wfile.close()
+            self.connection.close()
+
+    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _respond
+
+    def finish(self) -> None:
+        if not self.wfile.closed:
+            super().finish()
 
     def log_message(self, *arguments: object) -> None:
         pass  # `requests` keeps them
-
-
-# ---- What the Hub answers: one function per address ----
-
-_JSON = {"Content-Type": "application/json"}
-_NAME = r"(?P<name>[^/]+/[^/]+)"
-_KIND = r"(?P<kind>models|datasets|spaces)"
-_ROUTES: list[tuple[str, re.Pattern[str], Callable[..., Response]]] = []
-
-
-def route(method: str, pattern: str) -> Callable:
-    def register(view: Callable[..., Response]) -> Callable[..., Response]:
-        _ROUTES.append((method, re.compile(pattern), view))
-        return view
-
-    return register
-
-
-def as_json(content: Any) -> Response:
-    return Response(200, _JSON, json.dumps(content).encode())
-
-
-def git_oid(content: bytes) -> str:
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-
-
-def file_entry(path: str, content: bytes) -> dict[str, Any]:
-    return {"type": "file", "path": path, "size": len(content), "oid": git_oid(content)}
-
-
-def folder_entry(path: str) -> dict[str, Any]:
-    return {"type": "directory", "path": path, "size": 0, "oid": hashlib.sha1(path.encode()).hexdigest()}
-
-
-def folders_of(files: dict[str, bytes]) -> list[str]:
-    return sorted({str(parent) for path in files for parent in Path(path).parents} - {"."})
-
-
-@route("GET", rf"/api/{_KIND}/{_NAME}(/revision/(?P<revision>[^/]+))?")
-def info(repository: Repository, handler: _Handler, revision: str = "main") -> Response:
-    commit = repository.at(revision)
-    card = re.match(r"---\n(.*?\n)---\n", commit.files.get("README.md", b"").decode(), flags=re.DOTALL)
-    return as_json(
-        {
-            "id": repository.name,
-            "author": repository.name.partition("/")[0],
-            "sha": commit.oid,
-            "private": False,
-            "gated": False,
-            "disabled": False,
-            "downloads": 0,
-            "likes": 0,
-            "tags": [],
-            "lastModified": DATE,
-            "createdAt": DATE,
-            "cardData": yaml.safe_load(card[1]) if card else {},
-            "siblings": [{"rfilename": path} for path in sorted(commit.files)],
-        }
-    )
-
-
-@route("GET", rf"/api/{_KIND}/{_NAME}/tree/(?P<revision>[^/]+)(/(?P<folder>.*))?")
-def tree(repository: Repository, handler: _Handler, revision: str, folder: str = "") -> Response:
-    files = repository.at(revision).files
-    prefix = f"{folder.strip('/')}/" if folder.strip("/") else ""
-    if prefix and not any(path.startswith(prefix) for path in files):
-        raise HubError(404, "EntryNotFound", f"{folder} does not exist on {revision!r}")
-    recursive = parse_qs(urlsplit(handler.path).query).get("recursive", [""])[0].lower() in ("true", "1")
-    entries = [folder_entry(path) for path in folders_of(files)]
-    entries += [file_entry(path, content) for path, content in sorted(files.items())]
-    below = [entry for entry in entries if entry["path"].startswith(prefix)]
-    return as_json([entry for entry in below if recursive or "/" not in entry["path"].removeprefix(prefix)])
-
-
-@route("POST", rf"/api/{_KIND}/{_NAME}/paths-info/(?P<revision>[^/]+)")
-def paths_info(repository: Repository, handler: _Handler, revision: str) -> Response:
-    files = repository.at(revision).files
-    body = handler.body()
-    if handler.headers.get("Content-Type", "").startswith("application/json"):
-        paths = json.loads(body)["paths"]
-    else:
-        paths = parse_qs(body.decode())["paths"]
-    folders = folders_of(files)
-    entries = [
-        file_entry(path, files[path]) if path in files else folder_entry(path)
-        for path in paths
-        if path in files or path in folders
-    ]
-    return as_json(entries)
-
-
-@route("GET", rf"/api/{_KIND}/{_NAME}/refs")
-def refs(repository: Repository, handler: _Handler) -> Response:
-    branches = [
-        {"name": name, "ref": f"refs/heads/{name}", "targetCommit": oid} for name, oid in repository.branches.items()
-    ]
-    return as_json({"branches": branches, "tags": [], "converts": []})
-
-
-@route("GET", rf"/((?P<kind>datasets|spaces)/)?{_NAME}/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
-def resolve(repository: Repository, handler: _Handler, revision: str, path: str) -> Response:
-    commit = repository.at(revision)
-    if path not in commit.files:
-        error = HubError(404, "EntryNotFound", "Entry not found")
-        # The commit, with which the client remembers that there is no such file
-        headers = {"X-Repo-Commit": commit.oid, "X-Error-Code": error.code, "X-Error-Message": error.message}
-        return Response(error.status, headers, b"")
-    content = commit.files[path]
-    headers = {
-        "X-Repo-Commit": commit.oid,
-        "ETag": f'"{git_oid(content)}"',
-        "Accept-Ranges": "bytes",
-        "Content-Type": "application/octet-stream",
-    }
-    wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", handler.headers.get("Range", ""))
-    if wanted is None:
-        return Response(200, headers, content)
-    first, last = int(wanted[1]), min(int(wanted[2] or len(content)), len(content) - 1)
-    if first >= len(content):
-        return Response(416, {"Content-Range": f"bytes */{len(content)}"}, b"")
-    headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
-    return Response(206, headers, content[first : last + 1])
