@@ -323,16 +323,11 @@ class _Handler(BaseHTTPRequestHandler):
         if abruptly:
             # A reset, as when the machine behind is gone
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            # Not through the server: it would say goodbye first
+            # Here, as the server would say goodbye first. The socket is open until nobody reads from it
             self.rfile.close()
-            self.wfile.close()
             self.connection.close()
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _respond
-
-    def finish(self) -> None:
-        if not self.wfile.closed:
-            super().finish()
 
     def log_message(self, *arguments: object) -> None:
         pass  # `requests` keeps them
