@@ -122,11 +122,12 @@ def is_large(repository: Repository, revision: str, path: str, size: int, thresh
     return size > threshold or any(fnmatch.fnmatch(name, pattern) for name in names for pattern in patterns)
 
 
-def may_commit(repository: Repository, call: Call) -> str:
-    """Who commits: who may write, or for a pull request anybody with a token that may."""
-    if not call.flag("create_pr"):
-        return call.writer(repository.namespace).name
+def may_commit(repository: Repository, call: Call, revision: str) -> str:
+    """Who commits: who may write, or to a pull request of their own anybody with a token that may."""
     user = call.signed_in()
+    own = any(one.is_pull_request and (one.ref, one.author) == (revision, user.name) for one in repository.discussions)
+    if not call.flag("create_pr") and not own:
+        return call.writer(repository.namespace).name
     if user.role != "write":
         raise HubError(403, None, "You have read access but not the required permissions for this operation")
     return user.name
@@ -134,7 +135,7 @@ def may_commit(repository: Repository, call: Call) -> str:
 
 @route("POST", rf"{REPOSITORY}/preupload/{REVISION}")
 def preupload(repository: Repository, call: Call, revision: str) -> Response:
-    may_commit(repository, call)
+    may_commit(repository, call, revision)
     content = call.json()
     present = repository.at(revision).files
     ignored = [line for line in content.get("gitIgnore", "").split("\n") if line and not line.startswith("#")]
@@ -178,7 +179,7 @@ def changed(repository: Repository, files: dict[str, Any], operations: list[dict
 
 @route("POST", rf"{REPOSITORY}/commit/{REVISION}")
 def commit(repository: Repository, call: Call, revision: str) -> Response:
-    author = may_commit(repository, call)
+    author = may_commit(repository, call, revision)
     ref = ref_of(revision)
     if ref not in repository.refs:
         raise HubError(404, "RevisionNotFound", f"Invalid rev id: {revision}")

@@ -71,6 +71,7 @@ class Fault:
         path (`re.Pattern`): found anywhere in their unquoted path.
         when (`str`): `"before"` or `"after"` they took effect, or `"during"` their transfer.
         status (`int`, *optional*): of the answer; `None` drops the connection without one.
+        code (`str`, *optional*): by which the client tells its exceptions apart, such as `"RevisionNotFound"`.
         size (`int`): with `"during"`: how many bytes of the body arrive, of the request if it has one, else of the
             answer.
         skip (`int`): how many of the requests pass first.
@@ -82,6 +83,7 @@ class Fault:
     path: re.Pattern[str]
     when: str
     status: int | None = None
+    code: str | None = None
     size: int = 0
     skip: int = 0
     times: int = 1
@@ -90,7 +92,9 @@ class Fault:
     def response(self) -> Response | None:
         if self.status is None:
             return None
-        return as_error(HubError(self.status, None, f"The loopback Hub fails {self.when} the effect of a request"))
+        return as_error(
+            HubError(self.status, self.code, f"The loopback Hub fails {self.when} the effect of a request")
+        )
 
 
 class LoopbackHub:
@@ -219,9 +223,19 @@ class LoopbackHub:
 
     # ---- Failures ----
 
-    def fail(self, method: str, path: str, when: str, status: int = 503, *, skip: int = 0, times: int = 1) -> None:
+    def fail(
+        self,
+        method: str,
+        path: str,
+        when: str,
+        status: int = 503,
+        code: str | None = None,
+        *,
+        skip: int = 0,
+        times: int = 1,
+    ) -> None:
         """The next requests that match get an error, `"before"` or `"after"` they took effect."""
-        self.faults.append(Fault(method, re.compile(path), when, status, skip=skip, times=times))
+        self.faults.append(Fault(method, re.compile(path), when, status, code, skip=skip, times=times))
 
     def drop(self, method: str, path: str, when: str, *, size: int = 0, skip: int = 0, times: int = 1) -> None:
         """
@@ -266,7 +280,9 @@ class LoopbackHub:
             fault = self._next_fault(handler.command, path)
         length = int(handler.headers.get("Content-Length", 0))
         interrupted = fault is not None and fault.when == "during" and length > 0
-        body = handler.rfile.read(min(length, fault.size) if fault is not None and interrupted else length)
+        body = handler.read(min(length, fault.size) if fault is not None and interrupted else length)
+        # A client that is gone halfway: what it sent must not be taken for all of it
+        interrupted = interrupted or len(body) < length
         if fault is not None and fault.meanwhile is not None:
             fault.meanwhile()
         response: Response | None = None
@@ -305,18 +321,34 @@ class _Handler(BaseHTTPRequestHandler):
     def answer(self) -> tuple[Response | None, int | None]:
         raise NotImplementedError
 
+    def read(self, size: int) -> bytes:
+        """`size` bytes of the body, or fewer if the client goes away before."""
+        body = bytearray()
+        try:
+            while len(body) < size and (more := self.rfile.read1(size - len(body))):
+                body += more
+        except ConnectionError:
+            pass  # What arrived before is what the log shows
+        return bytes(body)
+
     def _respond(self) -> None:
         response, size = self.answer()
         if response is not None:
-            status, headers, body = response
-            self.send_response(status)
-            for name, value in {"X-Request-Id": "loopback", **headers, "Content-Length": str(len(body))}.items():
-                self.send_header(name, value)
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(body[:size])
+            try:
+                self._send(response, size)
+            except ConnectionError:
+                self.close_connection = True  # The client does not wait for the answer any more
         if response is None or size is not None:
             self._drop(abruptly=response is None)
+
+    def _send(self, response: Response, size: int | None) -> None:
+        status, headers, body = response
+        self.send_response(status)
+        for name, value in {"X-Request-Id": "loopback", **headers, "Content-Length": str(len(body))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body[:size])
 
     def _drop(self, *, abruptly: bool) -> None:
         self.close_connection = True

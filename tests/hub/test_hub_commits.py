@@ -182,7 +182,9 @@ def test_pull_requests(hub, client):
     draft = client("create_pull_request", "org/name", title="By hand", token=guest)
     assert (draft.num, draft.status, draft.is_pull_request) == (2, "draft", True)
     assert client("create_discussion", "org/name", title="A question").status == "open"
-    push(client, add(a=b"conflict"), revision="refs/pr/2")
+    push(client, add(a=b"conflict"), revision="refs/pr/2", token=guest)
+    with pytest.raises(ClientError, match="403"):
+        push(client, add(a=b"not theirs"), revision="refs/pr/2", token=hub.add_user("stranger"))
     refs = client("list_repo_refs", "org/name", include_pull_requests=True).pull_requests
     assert {ref.ref: ref.target_commit for ref in refs} == {
         ref: repository.refs[ref] for ref in ("refs/pr/1", "refs/pr/2")

@@ -13,8 +13,12 @@
 # limitations under the License.
 """Failures of the loopback Hub: each leaves exactly the old or the new state, and the client hears of it."""
 
+import json
+import socket
+import time
+
 import pytest
-from hub_client import ClientError
+from hub_client import ClientError, HubClient
 from huggingface_hub import CommitOperationAdd
 
 
@@ -166,6 +170,62 @@ def test_a_file_in_one_part_breaks_off(hub, client, repository):
     hub.drop("PUT", "/_lfs/", "after")
     push(client)
     assert repository.read()["w.bin"] == CONTENT and not hub.faults
+
+
+def test_a_client_that_is_killed(hub, client, tmp_path):
+    prepare(hub)
+    old = hub.state()
+    for place, (method, path) in enumerate([("POST", "/preupload/"), ("POST", "/commit/")]):
+        with HubClient(hub, tmp_path / str(place), client.token) as other:
+            hub.meanwhile(method, path, other.kill)
+            other.start("create_commit", "org/name", **add())
+            with pytest.raises((EOFError, ConnectionError)):
+                other.wait()
+        deadline = time.monotonic() + 10
+        while not (hub.requests and path in hub.requests[-1].path) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        # What arrived in full takes effect, though nobody waits for the answer
+        assert path in hub.requests[-1].path and hub.requests[-1].status == 200
+        assert (hub.state() == old) is (path == "/preupload/")
+    assert hub.repository("org/name").read()["a"] == b"ours"
+
+
+def test_half_a_commit_is_none(hub, client):
+    """A commit is one operation per line: the first lines alone would be a valid one."""
+    prepare(hub)
+    old = hub.state()
+    lines = [{"key": "header", "value": {"summary": "half", "description": ""}}]
+    lines += [{"key": "deletedFile", "value": {"path": path}} for path in ("a", "w.bin")]
+    body = b"".join(json.dumps(line).encode() + b"\n" for line in lines)
+    head = f"POST /api/models/org/name/commit/main HTTP/1.1\r\nAuthorization: Bearer {client.token}\r\n"
+    whole = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+    address = ("127.0.0.1", int(hub.endpoint.rpartition(":")[2]))
+    for sent in (whole[: whole.rindex(b'{"key"')], whole):
+        with socket.create_connection(address) as connection:
+            connection.sendall(sent)
+            connection.shutdown(socket.SHUT_WR)
+            try:
+                answer = connection.recv(100)
+            except ConnectionResetError:
+                answer = b""
+        assert (answer[:12] == b"HTTP/1.1 200") is (hub.state() != old) is (sent == whole)
+
+
+def test_errors_of_every_type(hub, client):
+    prepare(hub)
+    for status, code, name in (
+        (404, "RepoNotFound", "RepositoryNotFoundError"),
+        (404, "RevisionNotFound", "RevisionNotFoundError"),
+        (404, "EntryNotFound", "RemoteEntryNotFoundError"),
+        (403, "GatedRepo", "GatedRepoError"),
+        (400, None, "BadRequestError"),
+        (409, None, "HfHubHTTPError"),
+        (429, None, "HfHubHTTPError"),
+    ):
+        hub.fail("POST", "/commit/main", "before", status, code)
+        with pytest.raises(ClientError, match="fails before the effect") as caught:
+            client("create_commit", "org/name", **add())
+        assert (caught.value.name, caught.value.status) == (name, status)
 
 
 def test_which_requests_fail(hub, client):

@@ -172,3 +172,18 @@ def test_what_the_hub_says_of_a_card(hub, client):
     assert hub.state() == before
     push("org/base")
     assert client("model_info", "org/name").card_data.base_model == "org/base"
+
+
+def test_folders(hub, client, tmp_path):
+    client("create_repo", "org/name")
+    files = {"README.md": b"---\nlicense: mit\n---\n", "w.safetensors": b"weights", "d/e/f.txt": b"text"}
+    for path, content in files.items():
+        (tmp_path / "up" / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "up" / path).write_bytes(content)
+    done = client("upload_folder", repo_id="org/name", folder_path=tmp_path / "up", revision="main")
+    repository = hub.repository("org/name")
+    held = repository.read(done.oid)
+    assert {path: held[path] for path in held if path != ".gitattributes"} == files
+    assert list(repository.objects.values()) == [b"weights"]
+    client("snapshot_download", "org/name", revision=done.oid, local_dir=tmp_path / "down")
+    assert {path: (tmp_path / "down" / path).read_bytes() for path in held} == held
