@@ -132,7 +132,7 @@ def check_release(
     names: Mapping[str, str] | None = None,
     allowances: Iterable[Allowance] = (),
     licence_acknowledged: bool = False,
-    environment: Mapping[str, str] = os.environ,
+    environment: Mapping[str, str] | None = None,
     progress: Callable[[int], None] = lambda size: None,
 ) -> CheckResult:
     """
@@ -148,7 +148,8 @@ def check_release(
         names (`Mapping[str, str]`, *optional*): what leaves besides files, such as `{"repository": "org/name"}`.
         allowances (`Iterable[Allowance]`, *optional*): findings to let through.
         licence_acknowledged (`bool`, *optional*, defaults to `False`): whether the base is known to have no licence.
-        environment (`Mapping[str, str]`, *optional*): variables whose secrets must not leave.
+        environment (`Mapping[str, str]`, *optional*): variables whose secrets must not leave; those of this process
+            where unset.
         progress (`Callable[[int], None]`, *optional*): told how many bytes of weights were read.
 
     Returns:

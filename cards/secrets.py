@@ -63,7 +63,7 @@ _SHORTEST_IN_BYTES = 10
 _REST_OF_PATH = re.compile(r"[\w./\\~$@+:%-]{0,200}")
 
 
-def scan_secrets(file: str, text: bytes | str, environment: Mapping[str, str] = os.environ) -> list[Finding]:
+def scan_secrets(file: str, text: bytes | str, environment: Mapping[str, str] | None = None) -> list[Finding]:
     """
     Looks for secrets: in the text itself and in all that it says decoded, see [`~cards.decoding.decoded_views`].
 
@@ -79,8 +79,9 @@ def scan_secrets(file: str, text: bytes | str, environment: Mapping[str, str] = 
             What is scanned, for the findings.
         text (`bytes` or `str`):
             The content.
-        environment (`Mapping[str, str]`, *optional*, defaults to `os.environ`):
-            Names and values; `HF_TOKEN_PATH`, `HF_HOME`, `XDG_CACHE_HOME` and `HOME` tell where tokens are stored.
+        environment (`Mapping[str, str]`, *optional*):
+            Names and values, those of this process where unset; `HF_TOKEN_PATH`, `HF_HOME`, `XDG_CACHE_HOME` and
+            `HOME` tell where tokens are stored.
 
     Returns:
         `list[Finding]`: One for each rule and distinct secret, in the order of the rules. Those of the environment
@@ -97,7 +98,8 @@ def scan_secrets(file: str, text: bytes | str, environment: Mapping[str, str] = 
     ```
     """
     findings: dict[tuple[str, str | None], Finding] = {}
-    known = dict(_known_secrets(environment))
+    # Not as a default value, which would be what `os.environ` was when this module was imported
+    known = dict(_known_secrets(os.environ if environment is None else environment))
     for view in decoded_views(text):
         shown = visible(view.text)
         # Without white space too: a long token may have been wrapped

@@ -14,7 +14,9 @@
 """Secrets and absolute paths: each kind found in several wrappings, and what only looks like one passes."""
 
 import base64
+import copy
 import json
+import os
 import time
 from pathlib import Path
 
@@ -218,3 +220,10 @@ def test_no_text_takes_long(text, environment):
     scan_secrets("x", text, environment)
     scan_paths("x", text)
     assert time.perf_counter() - start < 15
+
+
+def test_the_environment_is_that_of_the_call(monkeypatch):
+    """`Dataset.map` with several processes puts a copy in the place of `os.environ`: what is set later is in the copy."""
+    monkeypatch.setattr(os, "environ", copy.deepcopy(os.environ))
+    monkeypatch.setenv("SOME_API_KEY", "correct-horse-battery")
+    assert [finding.rule for finding in scan_secrets("README.md", "correct-horse-battery")] == ["secret-environment"]
