@@ -223,7 +223,7 @@ def test_no_text_takes_long(text, environment):
 
 
 def test_the_environment_is_that_of_the_call(monkeypatch):
-    """`Dataset.map` with several processes puts a copy in the place of `os.environ`: what is set later is in the copy."""
+    """`Dataset.map` with several processes puts a copy in the place of `os.environ`, which is what counts then."""
     monkeypatch.setattr(os, "environ", copy.deepcopy(os.environ))
     monkeypatch.setenv("SOME_API_KEY", "correct-horse-battery")
     assert [finding.rule for finding in scan_secrets("README.md", "correct-horse-battery")] == ["secret-environment"]
