@@ -15,6 +15,8 @@
 
 import hashlib
 import json
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -113,6 +115,41 @@ def test_verify_finds_what_is_missing(hub, client, repository):
     hub.meanwhile("POST", "/objects/verify", repository.objects.clear)
     with pytest.raises(ClientError, match="The storage holds no such file of this size"):
         push(client, **{"w.bin": CONTENT})
+
+
+def send(method: str, url: str, body: bytes, **headers: str) -> tuple[int, dict]:
+    """Without a client, which would do it right."""
+    request = urllib.request.Request(url, body, headers, method=method)
+    try:
+        with urllib.request.urlopen(request) as response:
+            return response.status, json.loads(response.read() or b"{}")
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, json.loads(error.read())
+
+
+@pytest.mark.parametrize("parts", [False, True])
+def test_only_the_announced_content_is_stored(hub, client, repository, parts):
+    if parts:
+        hub.multipart_above = hub.part_size = 200_000
+    token = {"Authorization": f"Bearer {client.token}"}
+    asked = json.dumps({"objects": [{"oid": SHA, "size": len(CONTENT)}]}).encode()
+    status, answer = send("POST", f"{hub.endpoint}/org/name.git/info/lfs/objects/batch", asked, **token)
+    assert (status, answer["transfer"]) == (200, "multipart" if parts else "basic")
+    upload = answer["objects"][0]["actions"]["upload"]
+    for content, expected in ((CONTENT[:-1] + b"x", 400), (CONTENT[:-1], 400), (CONTENT, 200)):
+        pieces = {"1": content[:200_000], "2": content[200_000:]}
+        addresses = {upload["header"][number]: piece for number, piece in pieces.items()} if parts else {}
+        for address, piece in addresses.items():
+            assert send("PUT", address, piece)[0] == 200
+        etags = [f'"{hashlib.md5(piece).hexdigest()}"' for piece in pieces.values()]
+        named = [{"partNumber": number, "etag": etag} for number, etag in enumerate(etags, start=1)]
+        done = json.dumps({"oid": SHA, "parts": named}).encode()
+        method, body = ("POST", done) if parts else ("PUT", content)
+        if not parts:
+            assert send("PUT", upload["href"], CONTENT, **token)[0] == 400, "a token got to the storage"
+        assert send(method, upload["href"], body)[0] == expected
+        assert repository.objects == ({SHA: CONTENT} if expected == 200 else {})
 
 
 def originals(repository):
