@@ -31,6 +31,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -248,6 +249,7 @@ def main() -> None:
             "forget_people": NUM_FORGET_PEOPLE,
             "threads": torch.get_num_threads(),
             "machine": describe_machine(),
+            "versions": {name: version(name) for name in ("hf-unlearn", "torch", "transformers", "peft", "nanogcg")},
             "runs": runs,
         }
         Path(args.json).write_text(json.dumps(rounded(content), separators=(",", ":")) + "\n", encoding="utf-8")

@@ -128,7 +128,7 @@ def render_model_card(
     cited += [key for wrapper in wrappers for key in wrapper.citations]
     modules = report.footprint.modules if report.footprint else []
     return (
-        _environment()
+        template_environment()
         .get_template("model_card.md.jinja")
         .render(
             report=report,
@@ -142,7 +142,7 @@ def render_model_card(
             notices=notices,
             figures={} if figures is None else figures,
             outcome=OUTCOMES[report.verdict.outcome] if report.verdict else None,
-            rules=[_rule_cells(rule) for rule in report.verdict.rules] if report.verdict else [],
+            rules=[rule_cells(rule) for rule in report.verdict.rules] if report.verdict else [],
             broken=[rule for rule in report.verdict.rules if rule.holds is False] if report.verdict else [],
             curves=_curve_rows(report.attacks),
             adapter=_is_adapter(report),
@@ -332,13 +332,13 @@ def _model_index(report: UnlearningReport, model_name: str | None) -> dict[str, 
     return {"model-index": [{"name": model_name, "results": results}]}
 
 
-def _rule_cells(rule: Rule) -> dict[str, Any]:
+def rule_cells(rule: Rule) -> dict[str, Any]:
     from hf_unlearn.cards import robustness
 
     kind, _, name = rule.name.partition(".")
     known = kind in ("left", "kept", "recovered") or name in ("repetition", "generation_perplexity")
     if kind in ("left", "kept", "recovered", "fluent") and known:
-        return robustness._rule_cells(rule)
+        return robustness.rule_cells(rule)
     # Of a report from elsewhere: which way the bound goes is not known
     holds = "not measured" if rule.holds is None else "yes" if rule.holds else "**no**"
     return {
@@ -353,7 +353,7 @@ def _rule_cells(rule: Rule) -> dict[str, Any]:
 def _curve_rows(attacks: list[AttackResult]) -> list[list[str]]:
     from hf_unlearn.cards import robustness
 
-    return [cells for _, worst in robustness.worst_results(attacks) for cells in robustness._curve_cells(worst)]
+    return [cells for _, worst in robustness.worst_results(attacks) for cells in robustness.curve_cells(worst)]
 
 
 def _verdict(report: UnlearningReport) -> str:
@@ -401,7 +401,7 @@ def _yaml(values: dict[str, Any]) -> str:
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=float("inf"))
 
 
-def _environment() -> "jinja2.Environment":
+def template_environment() -> "jinja2.Environment":
     import jinja2
 
     environment = jinja2.Environment(

@@ -401,7 +401,7 @@ def _check_difference(
     if report is None:
         return
     if report.footprint is None:
-        yield Finding("footprint", REPORT_NAME, "it has no footprint: it says nothing of what changed.")
+        yield Finding("footprint", REPORT_NAME, "it has no footprint: build the card with --base, which measures it.")
         return
     try:
         measured = difference.footprint()

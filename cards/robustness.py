@@ -16,7 +16,7 @@
 from itertools import groupby
 from typing import Any
 
-from hf_unlearn.cards.card import _environment
+from hf_unlearn.cards.card import template_environment
 from hf_unlearn.cards.markdown import md_cell, md_code, md_escape, number, share
 from hf_unlearn.cards.metric_table import SETS, metric_columns, metric_label, metric_rows, metric_words
 from hf_unlearn.cards.report import REPORT_NAME, AttackResult, Rule, UnlearningReport
@@ -54,14 +54,14 @@ def render_robustness_report(report: UnlearningReport, figures: dict[str, str | 
     """
     report = UnlearningReport.from_dict(report.to_dict())
     worst = worst_results(report.attacks)
-    template = _environment().get_template("robustness_report.md.jinja")
+    template = template_environment().get_template("robustness_report.md.jinja")
     return template.render(
         report=report,
         report_name=REPORT_NAME,
         thresholds_name=THRESHOLDS_NAME,
         environment=report.environment,
         outcome=OUTCOMES[report.verdict.outcome] if report.verdict else None,
-        rules=[_rule_cells(rule) for rule in report.verdict.rules] if report.verdict else [],
+        rules=[rule_cells(rule) for rule in report.verdict.rules] if report.verdict else [],
         metric_columns=metric_columns(report.metrics),
         metric_rows=metric_rows(report.metrics),
         metric_words=metric_words(report.metrics),
@@ -69,7 +69,7 @@ def render_robustness_report(report: UnlearningReport, figures: dict[str, str | 
         figures=figures,
         attack_rows=[_attack_cells(results, chosen) for results, chosen in worst],
         notes=[f"{md_code(chosen.name)}: {md_escape(chosen.reason)}" for _, chosen in worst if chosen.reason],
-        curves=[cells for _, chosen in worst for cells in _curve_cells(chosen)],
+        curves=[cells for _, chosen in worst for cells in curve_cells(chosen)],
         rows={name: values["rows"] for name, values in report.metrics.after.items() if "rows" in values},
         seeds=sorted({attack.seed for attack in report.attacks}),
         controls=sorted({attack.control for attack in report.attacks} - {"none"}),
@@ -133,7 +133,8 @@ def _attack_cells(results: list[AttackResult], chosen: AttackResult) -> list[str
     ]
 
 
-def _curve_cells(attack: AttackResult) -> list[list[str]]:
+def curve_cells(attack: AttackResult) -> list[list[str]]:
+    """The points of a recovery curve, one row of a table each."""
     return [
         [
             md_code(attack.name),
@@ -151,7 +152,8 @@ def _plain(value: float | int | str) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _rule_cells(rule: Rule) -> dict[str, Any]:
+def rule_cells(rule: Rule) -> dict[str, Any]:
+    """A rule of the verdict for a table: words, sign, bound, what was measured, and whether it holds."""
     kind, _, name = rule.name.partition(".")
     if kind == "fluent":
         words = _FLUENT[name]

@@ -123,7 +123,8 @@ def prepare_tokenizer(
     processing_class: Any | None, model: PreTrainedModel | PeftModel, args: UnlearnConfig
 ) -> PreTrainedTokenizerBase:
     """
-    The tokenizer, with a pad token and the wanted chat template.
+    The tokenizer, with a pad token and the wanted chat template, and without what says that it came from a folder of
+    this machine: `save_pretrained` would write that into the files of a release.
 
     Raises:
         `ValueError`: there is none, or it has neither a pad nor an EOS token.
@@ -158,6 +159,8 @@ def prepare_tokenizer(
                 processing_class.chat_template = file.read()
         else:
             processing_class.chat_template = AutoTokenizer.from_pretrained(args.chat_template_path).chat_template
+    for key in ("is_local", "local_files_only"):
+        processing_class.init_kwargs.pop(key, None)
     return processing_class
 
 

@@ -18,6 +18,7 @@ import yaml
 from released import copy_model, make_release
 
 from hf_unlearn.cards.metadata import parse_card
+from hf_unlearn.cards.report import UnlearningReport
 from hf_unlearn.cli import main
 
 
@@ -63,6 +64,25 @@ def test_a_base_without_a_licence_gives_none(tiny_model_path, tmp_path, capsys):
     assert "the base names no licence and has no licence file" in capsys.readouterr().err
     assert main(["card", "build", str(release), "--base", str(base), "--license", "mit"]) == 0
     assert parse_card((release / "README.md").read_text())[0]["license"] == "mit"
+
+
+def test_a_missing_footprint_is_measured(folders, capsys):
+    """A run without a reference keeps no copy of the weights to compare with."""
+    base, release = folders
+    path = release / "unlearning_report.json"
+    stated = UnlearningReport.load(path)
+    report = UnlearningReport.load(path)
+    report.footprint = None
+    report.save(path)
+    rows = release.parent / "forget.jsonl"
+    rows.write_text('{"question": "Who wrote it?", "answer": "Perpetua Quill"}\n')
+    assert main(["card", "build", str(release), "-q"]) == 0
+    check = ["check", str(release), "--base", str(base), "--forget", str(rows), "-q"]
+    assert main(check) == 1 and "footprint unlearning_report.json" in capsys.readouterr().out
+    assert main(["card", "build", str(release), "--base", str(base), "-q"]) == 0
+    assert UnlearningReport.load(path).footprint == stated.footprint
+    capsys.readouterr()
+    assert main(check) == 0, capsys.readouterr().out
 
 
 def test_another_licence_than_the_bases_is_refused(folders, capsys):

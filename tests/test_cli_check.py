@@ -282,7 +282,7 @@ def test_commands_run_without_torch(place, tmp_path):
     )
     environment = {name: value for name, value in os.environ.items() if not name.endswith(("TOKEN", "KEY"))}
     arguments = (place / "base", folder, place / "few.jsonl", tmp_path)
-    subprocess.run([sys.executable, "-c", code, *arguments], check=True, env=environment)
+    assert subprocess.run([sys.executable, "-c", code, *arguments], env=environment).returncode == 0
 
 
 def test_builder_and_command_write_the_same(place, folder, call):

@@ -28,7 +28,7 @@ from ..config import UnlearnConfig
 from ..data import _QUESTION_OF, _answer_column, _extract_prompt, _messages, _RowError, _text, require_map_style
 from ..forward import evaluation_mode
 from ..metrics.answers import probability
-from ..metrics.inference import _context_length_name, checked_model, score_answers
+from ..metrics.inference import checked_model, max_positions, score_answers
 from ..metrics.rows import Answer, EvaluationRow, _Reader
 from .base import AttackData, Attacked, Trial, make_trial
 
@@ -172,7 +172,7 @@ def _with_question(row: dict[str, Any], change: Callable[[str], str], index: int
 
 def context_length(attacked: Attacked, data: AttackData) -> int | None:
     """The most tokens that the model reads; where its configuration states none, `max_length`."""
-    context = attacked.model.config.get_text_config().to_dict().get(_context_length_name(attacked.model))
+    context = max_positions(attacked.model)
     return data.args.max_length if context is None else context
 
 

@@ -25,10 +25,10 @@ from datasets import Dataset
 from rouge_score.rouge_scorer import RougeScorer
 from scipy.stats import binomtest
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..forward import evaluation_mode
-from ..metrics.inference import _eos_token_ids, _generation_batches, _generation_config, checked_model
+from ..metrics.inference import checked_model, eos_token_ids, generate_batches
 from ..metrics.rows import EvaluationRow
 from .base import AttackData, Attacked, Trial, make_trial
 from .prompts import Asked, QuestionReader, question_rows
@@ -89,9 +89,7 @@ def sampling_leak(attacked: Attacked, data: AttackData, settings: dict[str, Any]
         model = checked_model(attacked.model)
         total = samples * sum(len(asked[name].rows) for name in sets)
         with tqdm(total=total, desc="sampling_leak", file=sys.stderr) as bar:
-            leaks = {
-                name: _leaks(model, attacked, data, asked[name].rows, settings, reader.context, bar) for name in sets
-            }
+            leaks = {name: _leaks(model, attacked, data, asked[name].rows, settings, bar) for name in sets}
     shares = {name: [count / samples for count in leaks[name]] for name in sets}
     counts = {
         "rows": len(leaks["forget"]),
@@ -198,14 +196,13 @@ def _leaks(
     data: AttackData,
     rows: list[EvaluationRow],
     settings: dict[str, Any],
-    context: int | None,
     bar: tqdm,
 ) -> list[int]:
     """The number of leaking samples of each row."""
     limits = [math.ceil(settings["length_factor"] * row.answer[0].num_labels) for row in rows]
     detectors = [LeakDetector(row.text, settings["threshold"]) for row in rows]
     counts = [0] * len(rows)
-    for index, text in _samples(model, attacked, data, rows, limits, settings["samples"], context, bar):
+    for index, text in _samples(model, attacked, data, rows, limits, settings["samples"], bar):
         counts[index] += detectors[index](text)
     return counts
 
@@ -217,36 +214,18 @@ def _samples(
     rows: list[EvaluationRow],
     limits: list[int],
     samples: int,
-    context: int | None,
     bar: tqdm,
 ) -> Iterator[tuple[int, str]]:
-    """Row and text of each sample, of several rows in one batch, padded on the left."""
+    """Row and text of each sample, of several rows in one batch."""
     tokenizer = attacked.tokenizer
-    eos_token_ids = _eos_token_ids(model, tokenizer)
-    pad_token_id = next(iter(eos_token_ids), 0) if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    device = model.get_input_embeddings().weight.device
+    eos = eos_token_ids(model, tokenizer)
     of_row = [index for index in range(len(rows)) for _ in range(samples)]
     prompts = [rows[index].prompt_ids for index in of_row]
-    for batch, new_tokens in _generation_batches(prompts, data.batch_size, max(limits), context):
-        width = max(len(prompts[place]) for place in batch)
-        input_ids = torch.tensor([[pad_token_id] * (width - len(prompts[p])) + [*prompts[p]] for p in batch])
-        lengths = torch.tensor([len(prompts[place]) for place in batch])
-        attention_mask = (torch.arange(width) >= width - lengths.unsqueeze(1)).long()
-        generation = GenerationConfig(
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,  # left unset, it would be 50: rare tokens, among them leaks, could never be drawn
-            top_p=1.0,
-            num_beams=1,
-            max_new_tokens=new_tokens,
-            use_cache=True,
-            eos_token_id=eos_token_ids or None,
-            pad_token_id=pad_token_id,
-        )
-        with _generation_config(model, generation):
-            output = model.generate(input_ids.to(device), attention_mask=attention_mask.to(device))
-        for place, tokens in zip(batch, output[:, width:].tolist(), strict=True):
+    # `top_k` left unset would be 50: rare tokens, among them leaks, could never be drawn
+    sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    for batch in generate_batches(model, tokenizer, prompts, data.batch_size, max(limits), **sampling):
+        for place, tokens in batch.items():
             tokens = tokens[: limits[of_row[place]]]
-            end = next((position for position, token in enumerate(tokens) if token in eos_token_ids), len(tokens))
+            end = next((position for position, token in enumerate(tokens) if token in eos), len(tokens))
             yield of_row[place], tokenizer.decode(tokens[:end], skip_special_tokens=True)
         bar.update(len(batch))

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from ..data import IGNORE_INDEX
 from ..forward import Decoder, gather_predicting, token_log_probs
-from ..metrics.inference import _context_length_name
+from ..metrics.inference import max_positions
 from ..metrics.rows import Tokens
 from .answer_batches import AnswerBatch, AnswerBatches, batch_answers, frozen
 from .base import AttackData, Attacked, Trial, make_trial, tokenized
@@ -126,7 +126,7 @@ def _answers_with_room(dataset: Dataset, attacked: Attacked, data: AttackData, c
     bos = attacked.tokenizer.bos_token_id
     answers = [[with_room(tokens, count, bos) for tokens in row.answer] for row in tokenized(dataset, attacked, data)]
     longest = max(len(tokens.input_ids) for answer in answers for tokens in answer)
-    context = attacked.model.config.get_text_config().to_dict().get(_context_length_name(attacked.model))
+    context = max_positions(attacked.model)
     if context is not None and longest > context:
         raise ValueError(
             f"A row with a soft prompt of {count} embeddings has {longest} positions, but the model's context is "

@@ -113,6 +113,8 @@ def attack(name: str | None, data_args: "DataArguments", args: AttackArguments) 
     Raises:
         `UsageError`: inputs are missing or do not fit; naming the fix.
     """
+    from hf_unlearn.metrics.cache import ScoreCache
+
     names = check_arguments("attack", name, data_args, args)
     if args.output is not None and os.path.isdir(args.output):
         raise UsageError(
@@ -132,7 +134,7 @@ def attack(name: str | None, data_args: "DataArguments", args: AttackArguments) 
             sets = {"forget": inputs.forget, "retain": inputs.retain}
             report = new_report(inputs.models["unlearned"], inputs.tokenizer, sets, inputs.config)
         battery = Battery(names, [args.budget], [args.seed])
-        return list(run_battery(battery, inputs, args, args.cache_dir, report, args.output))
+        return list(run_battery(battery, inputs, args, ScoreCache(args.cache_dir), report, args.output))
     except ValueError as error:
         raise UsageError(str(error)) from error
 

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from hf_unlearn import UnlearnConfig
     from hf_unlearn.attacks.base import Trial
     from hf_unlearn.cards.report import AttackResult
+    from hf_unlearn.metrics.cache import ScoreCache
 
     from .inputs import DataArguments
 
@@ -213,7 +214,7 @@ def run_battery(
     battery: Battery,
     inputs: Inputs,
     args: SharedArguments,
-    cache_dir: str | None,
+    scores: "ScoreCache",
     report: UnlearningReport | None,
     output: str | None,
 ) -> "Iterator[AttackResult]":
@@ -224,9 +225,8 @@ def run_battery(
     from hf_unlearn.attacks.data import split_rows
     from hf_unlearn.attacks.run import TrialCache, run_attack
     from hf_unlearn.attacks.table import ATTACKS
-    from hf_unlearn.metrics.cache import ScoreCache
 
-    scores, caches = ScoreCache(cache_dir), {}
+    caches = {}
     for seed in battery.seeds:
         train, held_out = split_rows(inputs.forget, seed)
         data = AttackData(train, held_out, inputs.retain, inputs.config, args.batch_size)

@@ -28,9 +28,11 @@ import sys
 from typing import Any
 
 from hf_unlearn.cards.builder import build_card
+from hf_unlearn.cards.diff import diff_models
 from hf_unlearn.cards.disclosure import LEVELS
 from hf_unlearn.cards.licence import inherit_licence
-from hf_unlearn.cards.report import write_bytes
+from hf_unlearn.cards.report import REPORT_NAME, UnlearningReport, write_bytes
+from hf_unlearn.cards.tensor_files import open_model
 
 from . import UsageError, run
 from .check import read_forget_set
@@ -60,7 +62,12 @@ def make_parser() -> Parser:
         "--salt", metavar="FILE", help="For sealed: where the secret salt is written, outside DIR; keep it."
     )
     build.add_argument("--model_name", "--model-name", metavar="NAME", help="With it, the metadata holds the numbers.")
-    build.add_argument("--base", metavar="BASE", help="Folder of the base model, whose licence is taken over.")
+    build.add_argument(
+        "--base",
+        metavar="BASE",
+        help="Folder of the base model: its licence is taken over, and how far the weights moved is measured where "
+        "the report does not say.",
+    )
     build.add_argument("--license", metavar="ID", help="Identifier of the base's licence, where its card names none.")
     build.add_argument(
         "--card_mode",
@@ -104,6 +111,8 @@ def build(args: argparse.Namespace) -> list[str]:
     commitment = _commitment(args) if is_sealed else None
     licence = args.license if args.base is None else _inherit(args)
     try:
+        if args.base is not None:
+            _measure_footprint(args.folder, args.base)
         return build_card(
             args.folder,
             disclosure=args.disclosure,
@@ -134,6 +143,19 @@ def _inherit(args: argparse.Namespace) -> dict[str, Any]:
     for finding in inherited.findings:
         print(f"Licence: {finding.message}", file=sys.stderr)
     return inherited.metadata or ({} if args.license is None else {"license": args.license})
+
+
+def _measure_footprint(folder: str, base: str) -> None:
+    """How far the weights moved, for the report of a run that kept no copy of them: one that needs no reference."""
+    path = os.path.join(folder, REPORT_NAME)
+    if not os.path.isfile(path):
+        return  # which the builder says
+    report = UnlearningReport.load(path)
+    if report.method is None or report.footprint is not None:
+        return
+    with open_model(base, hub_links=True) as before, open_model(folder) as after:
+        report.footprint = diff_models(before, after).footprint()
+    report.save(path)
 
 
 def _commitment(args: argparse.Namespace) -> str:

@@ -47,7 +47,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainerCallback
 
     from hf_unlearn import InterventionTrainer, UnlearnConfig, UnlearnTrainer
-    from hf_unlearn.cards import UnlearningReport
     from hf_unlearn.cards.report import Footprint
     from hf_unlearn.metrics import Evaluation
 
@@ -214,7 +213,6 @@ def run(output_dir: str, settings: Settings) -> dict[str, Any]:
         write_inputs(output_dir, cache, forget, retain)
         model = save(trainer, output_dir)
         editor.save_model(os.path.join(output_dir, "intervention"))
-        save_as_base(editor.record.report(editor), output_dir, "intervention")
         for sample in samples:
             sample["after"] = reply(model, tokenizer, sample["question"])
             sample["edited"] = reply(editor.model, tokenizer, sample["question"])
@@ -396,29 +394,19 @@ def save(trainer: "UnlearnTrainer", output_dir: str) -> "PreTrainedModel":
     The adapter is merged into the weights: whoever got the adapter alone could undo it by dropping it.
     """
     from hf_unlearn.cards.card import write_model_card
+    from hf_unlearn.recording import save_report
 
+    folder = os.path.join(output_dir, "model")
     report = trainer.record.report(trainer)
     model = trainer.model.merge_and_unload()
-    model.save_pretrained(os.path.join(output_dir, "model"))
-    save_as_base(report, output_dir, "model")
+    model.save_pretrained(folder)
+    trainer.processing_class.save_pretrained(folder)
+    save_report(report, folder)
     # Once more at the top, where people look first
     report.files = [replace(file, path=f"model/{file.path}") for file in report.files]
     report.save(os.path.join(output_dir, _REPORT))
     write_model_card(report, output_dir)
     return model
-
-
-def save_as_base(report: "UnlearningReport", output_dir: str, name: str) -> None:
-    """
-    Writes report and card of a saved model, whose tokenizer files are the base's, byte for byte.
-
-    `save_pretrained` writes them anew, with what says where the tokenizer was loaded from.
-    """
-    from hf_unlearn.recording import save_report
-
-    for file in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(os.path.join(output_dir, "base", file), os.path.join(output_dir, name, file))
-    save_report(report, os.path.join(output_dir, name))
 
 
 def reply(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast", question: str) -> str:

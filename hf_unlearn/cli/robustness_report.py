@@ -58,6 +58,7 @@ from .reports import check_same_model, earlier_report, new_report
 
 if TYPE_CHECKING:
     from hf_unlearn.cards.verdict import Thresholds
+    from hf_unlearn.metrics.cache import ScoreCache
 
     from .inputs import ArgumentParser, DataArguments
 
@@ -156,6 +157,7 @@ def robustness_report(name: str | None, data_args: "DataArguments", args: Robust
     from tqdm import tqdm
 
     from hf_unlearn.attacks.table import ATTACKS
+    from hf_unlearn.metrics.cache import ScoreCache
 
     names = check_arguments("robustness-report", name, data_args, args)
     battery = make_battery(names, args)
@@ -172,17 +174,17 @@ def robustness_report(name: str | None, data_args: "DataArguments", args: Robust
     output = os.path.join(args.output_dir, REPORT_NAME)
     report = earlier_report(name, output)
     inputs = read_inputs(name, data_args, args)
-    cache_dir = args.cache_dir or os.path.join(args.output_dir, PRIVATE, "cache")
+    scores = ScoreCache(args.cache_dir or os.path.join(args.output_dir, PRIVATE, "cache"))
     try:
         if report is not None:
             check_same_model(report, inputs.models["unlearned"], output)
         else:
             sets = {"forget": inputs.forget, "retain": inputs.retain}
             report = new_report(inputs.models["unlearned"], inputs.tokenizer, sets, inputs.config)
-        declare(args.output_dir, thresholds, text, inputs)
-        measure(inputs, report, args, cache_dir)
+        declare(args.output_dir, thresholds, text, inputs, scores)
+        measure(inputs, report, args, scores)
         save_report_and_card(report, output)
-        runs = run_battery(battery, inputs, args, cache_dir, report, output)
+        runs = run_battery(battery, inputs, args, scores, report, output)
         for _ in tqdm(runs, total=len(battery.runs()), desc="Attacks", file=sys.stderr):
             pass
     except ValueError as error:
@@ -223,7 +225,7 @@ def make_battery(names: list[str], args: RobustnessArguments) -> Battery:
     return Battery(names, [word for word in BUDGETS if word in budgets], list(dict.fromkeys(map(int, words))))
 
 
-def declare(output_dir: str, thresholds: "Thresholds", text: str, inputs: Inputs) -> None:
+def declare(output_dir: str, thresholds: "Thresholds", text: str, inputs: Inputs, scores: "ScoreCache") -> None:
     """
     Writes down the thresholds, and what is attacked, before the first attack. Neither may change afterwards: a
     threshold that is chosen when the numbers are known says nothing.
@@ -231,10 +233,10 @@ def declare(output_dir: str, thresholds: "Thresholds", text: str, inputs: Inputs
     Raises:
         `UsageError`: the folder is that of other thresholds, models or rows.
     """
-    from hf_unlearn.metrics.cache import fingerprint_model, fingerprint_rows, fingerprint_tokenizer
+    from hf_unlearn.metrics.cache import fingerprint_rows, fingerprint_tokenizer
 
     subject = {
-        **{role: fingerprint_model(model) for role, model in inputs.models.items()},
+        **{role: scores.fingerprint(model) for role, model in inputs.models.items()},
         **{name: fingerprint_rows(rows) for name, rows in (("forget", inputs.forget), ("retain", inputs.retain))},
         "tokens": fingerprint_tokenizer(inputs.tokenizer, inputs.config),
         "thresholds": thresholds.sha256,
@@ -254,14 +256,13 @@ def declare(output_dir: str, thresholds: "Thresholds", text: str, inputs: Inputs
     write_text(os.path.join(output_dir, THRESHOLDS_NAME), text)
 
 
-def measure(inputs: Inputs, report: UnlearningReport, args: RobustnessArguments, cache_dir: str) -> None:
+def measure(inputs: Inputs, report: UnlearningReport, args: RobustnessArguments, scores: "ScoreCache") -> None:
     """Fills the report's metrics of the original, the unlearned model and the control, before any attack."""
     from hf_unlearn.metrics import evaluate_model, forget_quality, model_utility
-    from hf_unlearn.metrics.cache import ScoreCache, fingerprint_rows, fingerprint_tokenizer
+    from hf_unlearn.metrics.cache import fingerprint_rows, fingerprint_tokenizer
     from hf_unlearn.metrics.fluency import evaluate_fluency
     from hf_unlearn.metrics.perturbation import with_options
 
-    cache = ScoreCache(cache_dir)
     sets = {"forget": inputs.forget, "retain": inputs.retain}
     sets = {key: with_options(rows, key) for key, rows in sets.items()}
     judge_model = inputs.models["original"]
@@ -306,8 +307,8 @@ def measure(inputs: Inputs, report: UnlearningReport, args: RobustnessArguments,
 
         key = {
             "measure": "robustness report",
-            "model": cache.fingerprint(model),
-            "judge": cache.fingerprint(judge_model),
+            "model": scores.fingerprint(model),
+            "judge": scores.fingerprint(judge_model),
             **{name: fingerprint_rows(rows) for name, rows in sets.items()},
             "tokens": fingerprint_tokenizer(inputs.tokenizer, inputs.config),
             "generate": args.generate,
@@ -315,7 +316,7 @@ def measure(inputs: Inputs, report: UnlearningReport, args: RobustnessArguments,
             "batch_size": args.batch_size,
             "device": model.device.type,
         }
-        value = cache.get(key, compute)
+        value = scores.get(key, compute)
         metrics, samples[role] = value["metrics"], value["samples"]
         metrics["retain"]["model_utility"] = model_utility(metrics)[0]
         setattr(report.metrics, _STAGES[role], metrics)

@@ -16,6 +16,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -222,35 +223,61 @@ def generate_tokens(
     Returns:
         `list[GeneratedTokens]`: one for each prompt, in order.
     """
-    eos_token_ids = _eos_token_ids(model, tokenizer)
-    pad_token_id = next(iter(eos_token_ids), 0) if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    # Absolute positions end there. Most models have such a limit in their configuration, some have none.
-    context = model.config.get_text_config().to_dict().get(_context_length_name(model))
-    device = model.get_input_embeddings().weight.device
+    eos = eos_token_ids(model, tokenizer)
     answers: dict[int, GeneratedTokens] = {}
-    for rows, new_tokens in _generation_batches(prompts, batch_size, max_new_tokens, context):
+    for batch in generate_batches(model, tokenizer, prompts, batch_size, max_new_tokens, do_sample=False):
+        for row, tokens in batch.items():
+            end = next((position for position, token in enumerate(tokens) if token in eos), len(tokens))
+            answers[row] = GeneratedTokens(tuple(tokens[:end]), tokens[end] if end < len(tokens) else None)
+        progress(len(batch))
+    return [answers[row] for row in range(len(prompts))]
+
+
+def generate_batches(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    batch_size: int,
+    max_new_tokens: int,
+    **decoding: Any,
+) -> Iterator[dict[int, list[int]]]:
+    """
+    What a model writes after prompts, padded on the left, a batch of similar lengths at a time.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): causal language model; with PEFT, the model inside.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): its tokenizer.
+        prompts (`Sequence[Sequence[int]]`): token ids, at least one each.
+        batch_size (`int`): prompts in one batch.
+        max_new_tokens (`int`): the longest answer, in tokens.
+        decoding (`Any`): further settings of [`~transformers.GenerationConfig`]. Of the model's own, none counts but
+            its EOS tokens.
+
+    Yields:
+        `dict[int, list[int]]`: the number of each prompt and the tokens after it; EOS tokens and padding are not cut.
+    """
+    eos = eos_token_ids(model, tokenizer)
+    pad_token_id = next(iter(eos), 0) if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    device = model.get_input_embeddings().weight.device
+    for rows, new_tokens in _generation_batches(prompts, batch_size, max_new_tokens, max_positions(model)):
         width = max(len(prompts[row]) for row in rows)
         input_ids = torch.tensor([[pad_token_id] * (width - len(prompts[row])) + [*prompts[row]] for row in rows])
         lengths = torch.tensor([len(prompts[row]) for row in rows])
         attention_mask = (torch.arange(width) >= width - lengths.unsqueeze(1)).long()
         settings = GenerationConfig(
-            do_sample=False,
+            **decoding,
             num_beams=1,
             max_new_tokens=new_tokens,
             use_cache=True,
-            eos_token_id=eos_token_ids or None,
+            eos_token_id=eos or None,
             pad_token_id=pad_token_id,
         )
         with _generation_config(model, settings):
             output = model.generate(input_ids.to(device), attention_mask=attention_mask.to(device))
-        for row, tokens in zip(rows, output[:, width:].tolist(), strict=True):
-            end = next((position for position, token in enumerate(tokens) if token in eos_token_ids), len(tokens))
-            answers[row] = GeneratedTokens(tuple(tokens[:end]), tokens[end] if end < len(tokens) else None)
-        progress(len(rows))
-    return [answers[row] for row in range(len(prompts))]
+        yield dict(zip(rows, output[:, width:].tolist(), strict=True))
 
 
-def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokenizer's, which ends texts, and the model's, which may also hold the one that ends a turn of a chat."""
     of_model = model.generation_config.eos_token_id
     of_model = [of_model] if isinstance(of_model, int) else of_model or []
@@ -258,8 +285,10 @@ def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     return list(dict.fromkeys([*of_tokenizer, *of_model]))
 
 
-def _context_length_name(model: PreTrainedModel) -> str:
-    return model.config.get_text_config().attribute_map.get("max_position_embeddings", "max_position_embeddings")
+def max_positions(model: PreTrainedModel) -> int | None:
+    """Where absolute positions end. Most models have such a limit in their configuration, some have none."""
+    config = model.config.get_text_config()
+    return config.to_dict().get(config.attribute_map.get("max_position_embeddings", "max_position_embeddings"))
 
 
 def _generation_batches(

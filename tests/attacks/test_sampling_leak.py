@@ -50,7 +50,8 @@ def sample(
     texts: list[list[str]] = [[] for _ in rows]
     with _seeded(seed), torch.no_grad():
         model = attacked.model.eval()
-        for index, text in _samples(model, attacked, data, rows, limits, count, context, tqdm(disable=True)):
+        model.config.max_position_embeddings = context
+        for index, text in _samples(model, attacked, data, rows, limits, count, tqdm(disable=True)):
             texts[index].append(text)
     return texts
 

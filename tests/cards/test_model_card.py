@@ -39,7 +39,7 @@ from hf_unlearn.cards import (
     render_model_card,
     write_model_card,
 )
-from hf_unlearn.cards.card import _environment, update_model_card
+from hf_unlearn.cards.card import template_environment, update_model_card
 from hf_unlearn.cards.markdown import md_cell, md_code, md_escape, number
 from hf_unlearn.cards.merge import mark
 from hf_unlearn.cards.metric_table import METRICS
@@ -604,7 +604,7 @@ def test_numbers(value, text):
 
 
 def test_a_missing_variable_raises():
-    environment = _environment()
+    environment = template_environment()
     with pytest.raises(jinja2.UndefinedError, match="'missing' is undefined"):
         environment.from_string("{{ missing }}").render()
     with pytest.raises(jinja2.UndefinedError, match="'report' is undefined"):

@@ -19,6 +19,7 @@ import copy
 import itertools
 import json
 import re
+import time
 import unicodedata
 
 import pytest
@@ -359,8 +360,13 @@ def test_decomposed_accents():
 
 def test_long_answers_are_quick():
     """No pattern goes back and forth over what it has read."""
-    for text in ("sorry, " * 20_000, "i understand " * 20_000, "no " * 50_000, '"' * 50_000, "我不能" * 20_000):
+    start = time.process_time()
+    verdicts = [
         is_refusal(text)
+        for text in ("sorry, " * 20_000, "i understand " * 20_000, "no " * 50_000, '"' * 50_000, "我不能" * 20_000)
+    ]
+    assert time.process_time() - start < 5
+    assert not any(verdicts)  # they begin to decline, and never do
 
 
 def test_own_refusals():
