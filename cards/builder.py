@@ -13,9 +13,10 @@
 # limitations under the License.
 """The card of a release and its pictures, written from the report that lies in the folder."""
 
+import hashlib
 import io
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +25,7 @@ from hf_unlearn.cards.disclosure import apply_disclosure
 from hf_unlearn.cards.file_names import kind_of
 from hf_unlearn.cards.merge import merge_card
 from hf_unlearn.cards.png import strip_png
-from hf_unlearn.cards.report import REPORT_NAME, Disclosure, UnlearningReport, hash_files, write_bytes
+from hf_unlearn.cards.report import REPORT_NAME, Disclosure, FileEntry, UnlearningReport, hash_files, write_bytes
 
 
 FIGURES = {
@@ -34,7 +35,8 @@ FIGURES = {
     "recovery": "figures/recovery_curves.png",
 }
 
-_MODEL = ("config", "index", "tokenizer", "weights")
+# What the report lists of a model
+MODEL_KINDS = ("config", "index", "tokenizer", "weights")
 
 
 def build_card(
@@ -108,25 +110,71 @@ def build_card(
     merge_card(existing, "# Title\n", mode, repair)  # refuses what it must before the first file is written
     report = UnlearningReport.load(report_path)
     report = apply_disclosure(report, disclosure or report.data.disclosure, commitment=commitment)
-    pictures = _draw(report)  # before the first file is written
-    figures = {name: CardFigure(FIGURES[name], text) for name, (text, _) in pictures.items()}
     names = sorted(entry.name for entry in os.scandir(folder) if entry.is_file(follow_symlinks=False))
-    notices = [name for name in names if kind_of(name) == "licence"]
-    for name in FIGURES.values():
-        (folder / name).unlink(missing_ok=True)  # of an earlier card
-    for name, (_, content) in pictures.items():
-        (folder / FIGURES[name]).parent.mkdir(exist_ok=True)
-        write_bytes(folder / FIGURES[name], content)
-    report.files = [file for file in report.files if file.path not in FIGURES.values()]
     # As they are now: the base's tokenizer files may have been put back, and RunRecordCallback writes the report
     # before the model is saved. A report that lies alone keeps its list.
-    if model := [name for name in names if kind_of(name) in _MODEL]:
+    if model := [name for name in names if kind_of(name) in MODEL_KINDS]:
         report.files = hash_files(folder, model)
-    report.files += hash_files(folder, [figure.path for figure in figures.values()])
-    report.save(report_path)
+    notices = [name for name in names if kind_of(name) == "licence"]
+    files = render_files(
+        report,
+        existing=existing,
+        model_name=model_name,
+        license=license,
+        notices=notices,
+        mode=mode,
+        repair=repair,
+    )
+    for name in FIGURES.values():
+        (folder / name).unlink(missing_ok=True)  # of an earlier card
+    for name, content in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        write_bytes(folder / name, content)
+    return list(files)
+
+
+def render_files(
+    report: UnlearningReport,
+    *,
+    existing: str | None = None,
+    model_name: str | None = None,
+    license: str | Mapping[str, Any] | None = None,
+    notices: Sequence[str] = (),
+    mode: Literal["new", "merge", "keep"] = "merge",
+    repair: bool = False,
+) -> dict[str, bytes]:
+    """
+    What [`build_card`] writes, without a folder: the report, the card and its pictures.
+
+    Args:
+        report ([`UnlearningReport`]):
+            At its level of disclosure. Its list of files gets the pictures.
+        existing (`str`, *optional*):
+            The card that is there.
+        model_name, license, mode, repair:
+            As in [`build_card`].
+        notices (`Sequence[str]`, *optional*):
+            Files of the base's licence beside the card.
+
+    Returns:
+        `dict[str, bytes]`: path -> content.
+
+    Raises:
+        `ValueError`: the card that is there is malformed.
+    """
+    pictures = _draw(report)
+    figures = {name: CardFigure(FIGURES[name], text) for name, (text, _) in pictures.items()}
+    contents = {FIGURES[name]: content for name, (_, content) in pictures.items()}
+    report.files = [file for file in report.files if file.path not in FIGURES.values()]
+    report.files += [
+        FileEntry(path, len(content), hashlib.sha256(content).hexdigest()) for path, content in contents.items()
+    ]
     card = render_model_card(report, model_name=model_name, license=license, notices=notices, figures=figures)
-    write_bytes(card_path, merge_card(existing, card, mode, repair).encode("utf-8"))
-    return [REPORT_NAME, CARD_NAME, *(figure.path for figure in figures.values())]
+    return {
+        REPORT_NAME: report.to_json().encode("utf-8"),
+        CARD_NAME: merge_card(existing, card, mode, repair).encode("utf-8"),
+        **contents,
+    }
 
 
 def _draw(report: UnlearningReport) -> dict[str, tuple[str, bytes]]:

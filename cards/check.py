@@ -22,24 +22,20 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from hf_unlearn.cards.diff import ModelDiff, diff_models
 from hf_unlearn.cards.file_names import kind_of
 from hf_unlearn.cards.findings import Finding
 from hf_unlearn.cards.leaks import LeakScanner
 from hf_unlearn.cards.licence import check_licence
 from hf_unlearn.cards.manifest import EditManifest
 from hf_unlearn.cards.release import Release, ReleaseFile, check_files, read_release
-from hf_unlearn.cards.report import REPORT_NAME, Footprint, UnlearningReport
+from hf_unlearn.cards.report import REPORT_NAME, UnlearningReport
 from hf_unlearn.cards.secrets import scan_paths, scan_secrets
-from hf_unlearn.cards.tensor_files import INDEX_NAME, ModelFileError, ModelTensors, open_model
+from hf_unlearn.cards.weight_check import ReadWeights, check_weights, read_weights, times_of_change
 
-
-# How far a norm in the report may be from the one measured: it was summed in another order
-_RELATIVE_TOLERANCE = 1e-3
 
 # What is read at once to be looked through; the largest tokenizers have half of it
 _MAX_SCANNED = 64 * 2**20
@@ -158,37 +154,106 @@ def check_release(
     Raises:
         `ValueError`: a folder cannot be read, or base and release are of two architectures.
     """
-    names = dict(names or {})
+    with open_gate(
+        folder,
+        base=base,
+        rows=rows,
+        entities=entities,
+        token_decoder=token_decoder,
+        allowances=allowances,
+        licence_acknowledged=licence_acknowledged,
+        environment=environment,
+        progress=progress,
+    ) as gate:
+        return gate.check(names)
+
+
+@contextmanager
+def open_gate(
+    folder: str | os.PathLike,
+    *,
+    base: str | os.PathLike | None = None,
+    rows: Iterable[Mapping[str, Any]] | None = None,
+    entities: Iterable[str] = (),
+    token_decoder: Callable[[list[int]], str] | None = None,
+    allowances: Iterable[Allowance] = (),
+    licence_acknowledged: bool = False,
+    environment: Mapping[str, str] | None = None,
+    progress: Callable[[int], None] = lambda size: None,
+) -> Iterator["Gate"]:
+    """
+    Reads a folder once and holds what was read, so that what is checked is what is sent. Takes what
+    [`check_release`] takes, but for the names, and raises the same.
+    """
     with ExitStack() as stack:
         release = stack.enter_context(read_release(folder))
-        written = _times_of_change(release)
+        written = times_of_change(release)
         base_release = None if base is None else stack.enter_context(read_release(base, hub_links=True))
-        findings = check_files(release, base_release)
-        if base_release is not None:
+        scanner = None if rows is None else LeakScanner(rows, entities=entities, token_decoder=token_decoder)
+        weights = read_weights(folder, base, release, written, progress)
+        yield Gate(
+            release, base_release, weights, scanner, list(allowances), licence_acknowledged, environment, written
+        )
+
+
+@dataclass(frozen=True)
+class Gate:
+    """
+    A folder that was read, all rules, and what they compare with, as [`open_gate`] gives it.
+
+    Attributes:
+        release ([`~hf_unlearn.cards.release.Release`]): the files, which stay open.
+        base ([`~hf_unlearn.cards.release.Release`], *optional*): those of the base model.
+        weights ([`~hf_unlearn.cards.weight_check.ReadWeights`]): what was found when the weights were read.
+    """
+
+    release: Release
+    base: Release | None
+    weights: ReadWeights
+    _scanner: LeakScanner | None
+    _allowances: list[Allowance]
+    _licence_acknowledged: bool
+    _environment: Mapping[str, str] | None
+    _written: dict[str, tuple[int, int]]
+
+    def unchanged(self) -> bool:
+        """Whether nobody has written to the open files since they were read."""
+        return times_of_change(self.release) == self._written
+
+    def check(
+        self, names: Mapping[str, str] | None = None, replaced: Mapping[str, bytes] | None = None
+    ) -> CheckResult:
+        """
+        Applies every rule. The weights are not read again.
+
+        Args:
+            names (`Mapping[str, str]`, *optional*): what leaves besides files, such as `{"repository": "org/name"}`.
+            replaced (`Mapping[str, bytes]`, *optional*): small files that leave in place of, or besides, those of the
+                folder: path -> content.
+
+        Raises:
+            `ValueError`: the licence of the base cannot be read.
+        """
+        release = self.with_files(replaced or {})
+        names = dict(names or {})
+        findings = check_files(release, self.base)
+        if self.base is not None:
             try:
-                findings += check_licence(release, base_release, acknowledged=licence_acknowledged)
+                findings += check_licence(release, self.base, acknowledged=self._licence_acknowledged)
             except ValueError as error:
                 raise ValueError(f"The licence of the base cannot be read: {error}") from error
-        scanner = None
-        if rows is not None:
-            scanner = LeakScanner(rows, entities=entities, token_decoder=token_decoder)
-        else:
+        if self._scanner is None:
             message = "no forget set was given, so nothing was looked for in what leaves: name it."
             findings.append(Finding("no-forget-set", "the folder", message))
-
-        def scan(file: str, content: bytes | str) -> list[Finding]:
-            found = scan_secrets(file, content, environment) + scan_paths(file, content)
-            return found if scanner is None else found + scanner.scan(file, content)
-
-        for file, content in _texts(release, base_release, names):
+        for file, content in _texts(release, self.base, names):
             if content is None:
                 message = "it is too large to be looked through, so nothing was looked for in it: remove it."
                 findings.append(Finding("not-scanned", file, message))
             else:
-                findings += scan(file, content)
+                findings += self.scan(file, content)
         report, report_findings = _read_report(release)
         findings += report_findings
-        findings += _check_weights(folder, base, release, report, written, progress)
+        findings += check_weights(release, self.weights, report)
         if report is not None:
             findings += _check_report(release, report)
         if (content := release.content("edit_manifest.json")) is not None:
@@ -197,21 +262,37 @@ def check_release(
             except ValueError:
                 findings.append(Finding("manifest", "edit_manifest.json", "it is no edit manifest: write it again."))
         result = CheckResult(files={path: file.sha256 for path, file in release.files.items()})
-    allowances = list(allowances)
-    fixed = {
-        "the folder",
-        "the weights",
-        "README.md",
-        REPORT_NAME,
-        *names,
-        *map(_withheld, range(len(release.files) + 1)),
-    }
-    for finding in dict.fromkeys(_without_matches(_without_names(findings, release), scan, fixed)):
-        allowed = any(allowance.covers(finding) for allowance in allowances)
-        (result.allowed if allowed else result.blocking).append(finding)
-    secret = _secret_names(result.blocking, release)
-    result.files = {secret.get(path, path): digest for path, digest in result.files.items()}
-    return result
+        fixed = {
+            "the folder",
+            "the weights",
+            "README.md",
+            REPORT_NAME,
+            *names,
+            *map(_withheld, range(len(release.files) + 1)),
+        }
+        self.judge(_without_matches(_without_names(findings, release), self.scan, fixed), result)
+        secret = _secret_names(result.blocking, release)
+        result.files = {secret.get(path, path): digest for path, digest in result.files.items()}
+        return result
+
+    def with_files(self, replaced: Mapping[str, bytes]) -> Release:
+        """The release with other small files. It is closed with the gate, and not by itself."""
+        release = Release()
+        release.findings = self.release.findings
+        files = {path: ReleaseFile(path, len(content), content) for path, content in replaced.items()}
+        release.files = dict(sorted({**self.release.files, **files}.items()))
+        return release
+
+    def scan(self, file: str, content: bytes | str) -> list[Finding]:
+        """What must not leave and is in a text: secrets, paths of this machine, and the forget set."""
+        found = scan_secrets(file, content, self._environment) + scan_paths(file, content)
+        return found if self._scanner is None else found + self._scanner.scan(file, content)
+
+    def judge(self, findings: Iterable[Finding], result: CheckResult) -> None:
+        """Adds findings to those that block or, where they were let through by name, to those that do not."""
+        for finding in dict.fromkeys(findings):
+            allowed = any(allowance.covers(finding) for allowance in self._allowances)
+            (result.allowed if allowed else result.blocking).append(finding)
 
 
 def _texts(
@@ -276,12 +357,6 @@ def _without_matches(
         yield finding
 
 
-def _times_of_change(release: Release) -> dict[str, tuple[int, int]]:
-    """Size and time of the last change of the files that are held open."""
-    statuses = {path: os.fstat(file.descriptor) for path, file in release.files.items() if file.descriptor >= 0}
-    return {path: (status.st_size, status.st_mtime_ns) for path, status in statuses.items()}
-
-
 def _header(file: ReleaseFile) -> bytes:
     """The header of a weight file, where it says anything; its structure is checked elsewhere."""
     length = int.from_bytes(file.read(0, 8), "little")
@@ -323,126 +398,3 @@ def _check_report(release: Release, report: UnlearningReport) -> Iterator[Findin
     for path in release.files:
         if kind_of(path) in ("weights", "index") and path not in listed:
             yield Finding("report-files", path, "the report does not list it: remove it, or build the card again.")
-
-
-def _check_weights(
-    folder: str | os.PathLike,
-    base: str | os.PathLike | None,
-    release: Release,
-    report: UnlearningReport | None,
-    written: dict[str, tuple[int, int]],
-    progress: Callable[[int], None],
-) -> list[Finding]:
-    """What the weights are: finite, other than the base's, and as far from them as the report says."""
-    if not any(kind_of(path) == "weights" for path in release.files):
-        return []
-    with ExitStack() as stack:
-        try:
-            other = None if base is None else stack.enter_context(open_model(base, hub_links=True))
-        except ModelFileError as error:
-            raise ValueError(f"The base cannot be read: {error}.") from error
-        try:
-            model = stack.enter_context(open_model(folder))
-            changed = _changed_meanwhile(release, model)
-            if not changed:
-                difference = diff_models(other, model, progress)
-                now = _times_of_change(release)
-                changed = [path for path in model.files if now[path] != written[path]]
-        except ModelFileError as error:
-            # By a rule of its own: who lets that of a header through has not let through what was not looked at
-            message = "they could not be read, so they were not compared: see what else was found."
-            return [error.finding, Finding("weights-not-compared", "the weights", message)]
-        if changed:
-            return [
-                Finding("changed-while-read", path, "it changed while it was read: try again.") for path in changed
-            ]
-        base_file_of = {} if other is None else {name: entry.file for name, entry in other.tensors.items()}
-    for entry in difference.new_files:
-        release.files[entry.path].sha256 = entry.sha256  # read whole just now: not once more
-    findings = []
-    if difference.not_finite:
-        findings.append(Finding("not-finite", "the weights", "they hold NaN or infinite values: nothing to release."))
-    if base is not None:
-        findings += _check_difference(release, difference, base_file_of, report)
-    return findings
-
-
-def _changed_meanwhile(release: Release, model: ModelTensors) -> list[str]:
-    """Files that are not those that were read before: another one lies under the name."""
-
-    def identity(descriptor: int) -> tuple[int, int]:
-        status = os.fstat(descriptor)
-        return status.st_dev, status.st_ino
-
-    changed = [
-        name
-        for name, file in model.files.items()
-        if name not in release.files or identity(file.descriptor) != identity(release.files[name].descriptor)
-    ]
-    return changed + [INDEX_NAME] * (model.index is not None and model.index != release.content(INDEX_NAME))
-
-
-def _check_difference(
-    release: Release, difference: ModelDiff, base_file_of: dict[str, str], report: UnlearningReport | None
-) -> Iterator[Finding]:
-    if difference.is_same:
-        yield Finding("weights-same", "the weights", "they are the base's, bit for bit: nothing was unlearned.")
-        return
-    untied = {"lm_head.weight"} if report is not None and _names_head(report.footprint) else set()
-    for tensor in difference.tensors:
-        if tensor.status in ("only_in_base", "only_in_new") and tensor.name not in untied:
-            where = "the base has no" if tensor.status == "only_in_new" else "only the base has a"
-            yield Finding("weights-differ", "the weights", f"{where} tensor {tensor.name!r}: save the model again.")
-        elif tensor.status == "other_shape":
-            message = f"the tensor {tensor.name!r} has another shape than the base's: save the model again."
-            yield Finding("weights-differ", "the weights", message)
-    if difference.kind == "model":
-        yield from _check_base_shards(release, difference, base_file_of)
-    if report is None:
-        return
-    if report.footprint is None:
-        yield Finding("footprint", REPORT_NAME, "it has no footprint: build the card with --base, which measures it.")
-        return
-    try:
-        measured = difference.footprint()
-    except ValueError:
-        return  # not finite, which is said
-    yield from _check_footprint(measured, report.footprint)
-
-
-def _names_head(footprint: Footprint | None) -> bool:
-    return footprint is not None and any(module.name == "lm_head.weight" for module in footprint.modules)
-
-
-def _check_base_shards(release: Release, difference: ModelDiff, base_file_of: dict[str, str]) -> Iterator[Finding]:
-    """No file of the base that holds a weight that changed may be among the files."""
-    changed = {base_file_of[tensor.name] for tensor in difference.tensors if tensor.changed_parameters}
-    hashes = {entry.sha256 for entry in difference.base_files if entry.path in changed}
-    for path, file in release.files.items():
-        if kind_of(path) == "weights" and file.sha256 in hashes:
-            yield Finding("base-weights", path, "it is a file of the base with weights that were changed: remove it.")
-
-
-def _check_footprint(measured: Footprint, stated: Footprint) -> Iterator[Finding]:
-    def differs(one: float, other: float) -> bool:
-        return abs(one - other) > _RELATIVE_TOLERANCE * max(abs(one), abs(other))
-
-    wrong = [
-        name
-        for name, is_wrong in (
-            ("the number of changed parameters", measured.changed_parameters != stated.changed_parameters),
-            ("the number of parameters", measured.total_parameters != stated.total_parameters),
-            ("the relative norm", differs(measured.relative_norm, stated.relative_norm)),
-            ("the largest change", differs(measured.max_abs, stated.max_abs)),
-            # Under `sealed` the report has the sums alone
-            (
-                "which tensors changed",
-                bool(stated.modules)
-                and {module.name for module in measured.modules} != {module.name for module in stated.modules},
-            ),
-        )
-        if is_wrong
-    ]
-    if wrong:
-        message = f"the footprint is not that of these weights ({', '.join(wrong)}): write the report again."
-        yield Finding("footprint", REPORT_NAME, message)

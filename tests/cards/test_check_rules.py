@@ -29,7 +29,7 @@ import pytest
 from released import CHANGED, FORMAT, change_weights, edit_json, make_base, make_release, make_report
 from safetensors.numpy import load_file, save_file
 
-from hf_unlearn.cards import UnlearningReport, leaks, secrets
+from hf_unlearn.cards import UnlearningReport, leaks, secrets, weight_check
 from hf_unlearn.cards import check as check_module
 from hf_unlearn.cards.builder import build_card
 from hf_unlearn.cards.check import Allowance, check_release
@@ -245,14 +245,14 @@ def write_in_place(folder):
     "swap, rule", [(swap_file, "changed-while-read"), (swap_link, "symlink"), (write_in_place, "changed-while-read")]
 )
 def test_weights_that_change_meanwhile(folder, base, monkeypatch, swap, rule):
-    open_weights = check_module.open_model
+    open_weights = weight_check.open_model
 
     def swap_and_open(path, *args, **options):
         if path == folder:
             swap(folder)
         return open_weights(path, *args, **options)
 
-    monkeypatch.setattr(check_module, "open_model", swap_and_open)
+    monkeypatch.setattr(weight_check, "open_model", swap_and_open)
     result = check_release(folder, base=base, rows=ROWS, environment={})
     assert (rule, "model.safetensors") in {(finding.rule, finding.file) for finding in result.blocking}
 
