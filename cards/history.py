@@ -324,13 +324,27 @@ def find_original(history: History, base: Iterable[BaseFile], released: Collecti
             return UNKNOWN
         return LEFTOVER if leftover(path) is not None else None
 
+    return find_served(history, rule_of)
+
+
+def find_served(history: History, rule_of: Callable[[str, str | None, str | None], str | None]) -> list[Served]:
+    """
+    The contents that a rule is about, with all refs and commits that serve them, and those that only the storage does.
+
+    Args:
+        history ([`History`]): of the repository.
+        rule_of (`Callable`): path, SHA-256 where it is known, and SHA-1 of the git blob where it is no large file ->
+            rule, or `None`.
+
+    Returns:
+        `list[Served]`: sorted as [`find_original`] does.
+    """
     found: dict[tuple[str, str], tuple[RemoteFile, list[str], list[str]]] = {}
     reached = set()
     for commit in history.commits.values():
         for path, file in commit.files.items():
             reached.add(file.sha256)
-            oid = file.oid if file.sha256 is None else None
-            rule = rule_of(path, history.sha256(file), oid)
+            rule = rule_of(path, history.sha256(file), file.oid if file.sha256 is None else None)
             if rule is None or file.size == 0 or file.sha256 in history.gone:
                 continue
             _, paths, commits = found.setdefault((rule, file.sha256 or file.oid), (file, [], []))
