@@ -27,12 +27,9 @@ import os
 import sys
 from typing import Any
 
+from hf_unlearn.cards.assemble import copy_licence, measure_footprint
 from hf_unlearn.cards.builder import build_card
-from hf_unlearn.cards.diff import diff_models
 from hf_unlearn.cards.disclosure import LEVELS
-from hf_unlearn.cards.licence import inherit_licence
-from hf_unlearn.cards.report import REPORT_NAME, UnlearningReport, write_bytes
-from hf_unlearn.cards.tensor_files import open_model
 
 from . import UsageError, run
 from .check import read_forget_set
@@ -103,16 +100,11 @@ def build(args: argparse.Namespace) -> list[str]:
     """
     if not os.path.isdir(args.folder):
         raise UsageError("DIR is not a folder: name the folder of a release, with its unlearning_report.json.")
-    is_sealed = args.disclosure == "sealed"
-    if any((given is not None) != is_sealed for given in (args.forget, args.salt)):
-        raise UsageError(
-            "--disclosure sealed commits to the forget set: give --forget and --salt with it, and with no other level."
-        )
-    commitment = _commitment(args) if is_sealed else None
+    commitment = commitment_of(args)
     licence = args.license if args.base is None else _inherit(args)
     try:
         if args.base is not None:
-            _measure_footprint(args.folder, args.base)
+            measure_footprint(args.folder, args.base)
         return build_card(
             args.folder,
             disclosure=args.disclosure,
@@ -123,7 +115,7 @@ def build(args: argparse.Namespace) -> list[str]:
             repair=args.repair_card,
         )
     except ValueError as error:
-        if is_sealed:
+        if commitment is not None:
             os.unlink(args.salt)  # drawn just now, and for nothing: the next try draws its own
         raise UsageError(str(error)) from error
 
@@ -133,32 +125,28 @@ def _inherit(args: argparse.Namespace) -> dict[str, Any]:
     if not os.path.isdir(args.base):
         raise UsageError("--base is not a folder: name the folder of the base model, such as a snapshot of the Hub.")
     try:
-        inherited = inherit_licence(args.base, acknowledged=args.license is not None)
+        inherited = copy_licence(args.base, args.folder, license=args.license)
     except ValueError as error:
-        raise UsageError(str(error)) from error
-    if args.license is not None and inherited.metadata.get("license") not in (None, args.license):
-        raise UsageError("--license is not what the base's card names: leave it out, and it is inherited.")
-    for name, content in inherited.files.items():
-        write_bytes(os.path.join(args.folder, name), content)
+        raise UsageError(str(error).replace("license is not", "--license is not")) from error
     for finding in inherited.findings:
         print(f"Licence: {finding.message}", file=sys.stderr)
-    return inherited.metadata or ({} if args.license is None else {"license": args.license})
+    return inherited.metadata
 
 
-def _measure_footprint(folder: str, base: str) -> None:
-    """How far the weights moved, for the report of a run that kept no copy of them: one that needs no reference."""
-    path = os.path.join(folder, REPORT_NAME)
-    if not os.path.isfile(path):
-        return  # which the builder says
-    report = UnlearningReport.load(path)
-    if report.method is None or report.footprint is not None:
-        return
-    with open_model(base, hub_links=True) as before, open_model(folder) as after:
-        report.footprint = diff_models(before, after).footprint()
-    report.save(path)
+def commitment_of(args: argparse.Namespace) -> str | None:
+    """
+    What `--disclosure sealed` commits to; writes the salt.
 
-
-def _commitment(args: argparse.Namespace) -> str:
+    Raises:
+        `UsageError`: `--forget` and `--salt` are not given with it, or given without.
+    """
+    is_sealed = args.disclosure == "sealed"
+    if any((given is not None) != is_sealed for given in (args.forget, args.salt)):
+        raise UsageError(
+            "--disclosure sealed commits to the forget set: give --forget and --salt with it, and with no other level."
+        )
+    if not is_sealed:
+        return None
     from hf_unlearn.cards.disclosure import commit_rows, new_salt
 
     rows = read_forget_set(args)
