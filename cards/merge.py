@@ -164,6 +164,28 @@ def is_generated(body: str) -> bool:
     return any(all(sentence in body for sentence in sentences) for sentences in _PROGRAMS)
 
 
+def own_text(card: str) -> str:
+    """
+    What a person wrote in the body of a card: all outside the markers, or all of it where no program wrote it.
+
+    Args:
+        card (`str`):
+            A card with or without markers.
+
+    Returns:
+        `str`: Without the space around it; empty where all was generated.
+
+    Raises:
+        `ValueError`: The card is malformed.
+    """
+    body = _split(card)[1]
+    markers = _find_markers(body)
+    if markers:
+        start, end = markers
+        return f"{body[:start].strip()}\n\n{body[end:].strip()}".strip()
+    return "" if is_generated(body) else body.strip()
+
+
 def _split(card: str) -> tuple[str, str]:
     """The front matter with its fences, and the body."""
     _, _, body = split_card(card)

@@ -27,14 +27,17 @@ import json
 import os
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
+
+from tqdm import tqdm
 
 from hf_unlearn.cards.check import Allowance, CheckResult, check_release
 
 from . import UsageError, run
-from .diff import Parser, open_folder, progress_bar
+from .diff import Parser, open_folder
 
 
 _NAMES = {
@@ -52,6 +55,17 @@ def make_parser() -> Parser:
         allow_abbrev=False,
     )
     parser.add_argument("folder", metavar="DIR", help="The folder that is to be released.")
+    add_gate_arguments(parser)
+    for name, words in _NAMES.items():
+        option = [f"--{name}", *([f"--{name.replace('_', '-')}"] if "_" in name else [])]
+        parser.add_argument(*option, metavar="TEXT", help=f"Checked as well: {words}.")
+    parser.add_argument("--json", action="store_true", help="Print everything as JSON.")
+    parser.add_argument("-q", "--quiet", action="store_true", help="Print rule and file of what blocks, and no more.")
+    return parser
+
+
+def add_gate_arguments(parser: Parser) -> None:
+    """What the rules compare with and what they let through: of `check` and of `push`."""
     parser.add_argument("--base", metavar="BASE", help="Folder of the base model.")
     parser.add_argument(
         "--forget",
@@ -62,9 +76,6 @@ def make_parser() -> Parser:
     parser.add_argument("--forget_config", "--forget-config", metavar="NAME", help="Configuration of a Hub data set.")
     parser.add_argument("--forget_split", "--forget-split", metavar="NAME", default="train", help="Its split.")
     parser.add_argument("--entities", metavar="FILE", help="Further names that must not leave, one per line.")
-    for name, words in _NAMES.items():
-        option = [f"--{name}", *([f"--{name.replace('_', '-')}"] if "_" in name else [])]
-        parser.add_argument(*option, metavar="TEXT", help=f"Checked as well: {words}.")
     parser.add_argument(
         "--allow",
         metavar="RULE[:FILE[:HASH]]",
@@ -78,9 +89,6 @@ def make_parser() -> Parser:
         action="store_true",
         help="The base is known to have no licence, or the release names one of its own.",
     )
-    parser.add_argument("--json", action="store_true", help="Print everything as JSON.")
-    parser.add_argument("-q", "--quiet", action="store_true", help="Print rule and file of what blocks, and no more.")
-    return parser
 
 
 def main(argv: list[str]) -> int:
@@ -103,6 +111,19 @@ def check(args: argparse.Namespace) -> CheckResult:
     Raises:
         `UsageError`: a folder or the forget set cannot be read.
     """
+    options = gate_options(args)
+    names = {_NAMES[name]: vars(args)[name] for name in _NAMES if vars(args)[name] is not None}
+    with reading_weights(args) as bar:
+        return check_release(args.folder, names=names, progress=bar.update, **options)
+
+
+def gate_options(args: argparse.Namespace) -> dict[str, Any]:
+    """
+    The keyword arguments of [`~hf_unlearn.cards.check.check_release`] that `add_gate_arguments` asks for.
+
+    Raises:
+        `UsageError`: the folder or the base are none, or the forget set cannot be read.
+    """
     if not os.path.isdir(args.folder):
         raise UsageError("DIR is not a folder: name the folder that is to be released.")
     if args.base is not None and not os.path.isdir(args.base):
@@ -112,10 +133,24 @@ def check(args: argparse.Namespace) -> CheckResult:
         allowances = [Allowance.parse(text) for text in args.allow]
     except ValueError as error:
         raise UsageError(str(error)) from error
-    rows = None
-    if args.forget is not None:
-        rows = read_forget_set(args)
-    names = {_NAMES[name]: vars(args)[name] for name in _NAMES if vars(args)[name] is not None}
+    return {
+        "base": args.base,
+        "rows": None if args.forget is None else read_forget_set(args),
+        "entities": _read_entities(args.entities),
+        "token_decoder": _token_decoder(args.folder),
+        "allowances": allowances,
+        "licence_acknowledged": args.acknowledge_licence,
+    }
+
+
+@contextmanager
+def reading_weights(args: argparse.Namespace) -> Iterator[tqdm]:
+    """
+    A progress bar over the bytes of the weights of both folders.
+
+    Raises:
+        `UsageError`: a folder cannot be read, or they are of two architectures.
+    """
     try:
         size = sum(
             entry.stat().st_size
@@ -124,21 +159,20 @@ def check(args: argparse.Namespace) -> CheckResult:
             for entry in os.scandir(folder)
             if entry.name.endswith(".safetensors") and entry.is_file()
         )
-        with progress_bar("Checking the weights", size, args.quiet) as progress:
-            return check_release(
-                args.folder,
-                base=args.base,
-                rows=rows,
-                entities=_read_entities(args.entities),
-                token_decoder=_token_decoder(args.folder),
-                names=names,
-                allowances=allowances,
-                licence_acknowledged=args.acknowledge_licence,
-                progress=progress,
-            )
+        with tqdm(
+            total=size,
+            desc="Checking the weights",
+            unit="B",
+            unit_scale=True,
+            file=sys.stderr,
+            disable=args.quiet,
+            leave=False,
+        ) as bar:
+            yield bar
     except OSError as error:
-        reason = os.strerror(error.errno)
-        raise UsageError(f"A folder cannot be read ({reason}): check DIR and --base.") from error
+        if error.errno is None:
+            raise
+        raise UsageError(f"A folder cannot be read ({os.strerror(error.errno)}): check DIR and --base.") from error
     except ValueError as error:
         raise UsageError(str(error)) from error
 
