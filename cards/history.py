@@ -30,6 +30,7 @@ from hf_unlearn.cards.remote import RemoteFile, explained, read_file, read_tree
 from hf_unlearn.cards.report import REPORT_NAME
 from hf_unlearn.cards.stored import (
     LEFTOVER,
+    MAIN,
     ORIGINAL,
     UNKNOWN,
     BaseFile,
@@ -248,24 +249,29 @@ def base_weights(
 
 def named_base(api: HfApi, history: History) -> tuple[str, str | None] | None:
     """
-    Id and revision of the base that the report at the tip of main names, or else its card; `None` where neither does.
+    Id and revision of the base that the report at the tip of main names, or else its card, or else the newest report
+    in its past; `None` where none does.
 
     Raises:
         [`~hf_unlearn.cards.remote.HubError`]: the Hub refuses or fails.
     """
     main = history.main
-    card = main.files.get("README.md")
-    if main.base is not None or card is None or card.size > _MAX_REPORT:
+    if main.base is not None:
         return main.base
-    with explained(history.repo_id):
-        content = read_file(api, history.repo_id, card, main.oid)
-    try:
-        metadata, _ = parse_card(content.decode())
-    except ValueError:
-        return None
-    named = metadata.get("base_model")
-    named = named[0] if isinstance(named, list) and len(named) == 1 else named
-    return (named, None) if isinstance(named, str) else None
+    named, card = None, main.files.get("README.md")
+    if card is not None and card.size <= _MAX_REPORT:
+        with explained(history.repo_id):
+            content = read_file(api, history.repo_id, card, main.oid)
+        try:
+            metadata, _ = parse_card(content.decode())
+        except ValueError:
+            metadata = {}  # a card that cannot be read names nothing
+        named = metadata.get("base_model")
+        named = named[0] if isinstance(named, list) and len(named) == 1 else named
+    if isinstance(named, str):
+        return named, None
+    earlier = (history.commits[oid].base for oid in history.ref(MAIN).commits)
+    return next((base for base in earlier if base is not None), None)
 
 
 def released_hashes(history: History, base: Iterable[BaseFile]) -> frozenset[str]:
