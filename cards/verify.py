@@ -86,7 +86,7 @@ class ReceiptContent:
         commit (`str`): the commit that the push made.
         tag (`str`, *optional*): the tag that it set.
         files (`list[FileEntry]`): the files of that commit.
-        parameters (`int`, *optional*): of the weights.
+        parameters (`int`, *optional*): of all weight files.
     """
 
     repo_id: str
@@ -126,6 +126,8 @@ class ReceiptContent:
             raise ValueError("The receipt is of a newer hf-unlearn: upgrade this one.")
         if type(version) is not int or version != 1:
             raise ValueError("The receipt has no schema 1: pass the file that `hf-unlearn push` wrote.")
+        if values.get("dry_run") is True:
+            raise ValueError("The receipt is of a dry run, which sent nothing: pass that of the push.")
         try:
             # Further keys say how the push went
             return validated({name: values.get(name) for name in cls.__dataclass_fields__}, cls, "")
@@ -420,7 +422,7 @@ class _Verifier:
             )
         elif result.parameters != report.footprint.total_parameters:
             total = report.footprint.total_parameters
-            message = f"they have {result.parameters:,} parameters, and {total:,} in the report."
+            message = f"they have {result.parameters:,} parameters, where the report has {total:,}."
             yield Finding("verify-parameters", "the weights", message)
         try:
             config = parse_json(self._release.contents.get(CONFIG_NAME, b"{}"), CONFIG_NAME)
@@ -545,7 +547,10 @@ class _Verifier:
         for path in self._release.files:
             if path not in known and path != GIT_ATTRIBUTES:
                 yield Finding("verify-receipt", path, "the receipt does not list it: it came in later.")
-        if receipt.parameters is not None and receipt.parameters != result.parameters:
+        # A receipt counts all weight files
+        headers = self._release.headers.values()
+        counted = sum(tensor.parameters for _, tensors in headers for tensor in tensors)
+        if receipt.parameters is not None and receipt.parameters != counted:
             yield Finding(
                 "verify-receipt", "the weights", "they have another number of parameters than in the receipt."
             )

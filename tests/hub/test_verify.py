@@ -538,11 +538,19 @@ def test_receipts_of_something_else(pushed, files):
     assert check(files=swapped) == [("verify-receipt", WEIGHTS)]
 
 
+def test_a_receipt_counts_all_weight_files(hub, pushed, files):
+    _, check = pushed
+    repository = hub.add("models", "org/name", {**files, "edit.safetensors": files[WEIGHTS]}, lfs=LARGE)
+    assert ("verify-receipt", "the weights") not in check(**receipt_of(repository, parameters=520_064))
+    assert ("verify-receipt", "the weights") in check(**receipt_of(repository, parameters=260_032))
+
+
 @pytest.mark.parametrize(
     "change",
     [
         {"schema": 2},
         {"schema": True},
+        {"dry_run": True},
         {"commit": None},
         {"files": [{"path": "../up", "size": 1, "sha256": "ab" * 32}]},
         {"files": [{"path": "Perpetua Lochlainn", "size": -1.5, "sha256": "ab" * 32}]},
