@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import count
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
@@ -76,7 +77,7 @@ class _Plan:
         commit (`str`, *optional*): the commit there.
         card (`bytes`, *optional*): that a pull request of its own proposes.
         result (`CheckResult`): what was let through.
-        refs (`dict[str, str]`): the tags there are -> commit.
+        tags (`dict[str, str]`): those there are -> commit.
     """
 
     head: str | None
@@ -228,6 +229,10 @@ class _Push:
         self._say(f"Looking at what {self._repo_id} serves")
         history = read_history(self._api, self._repo_id)
         main = history.main
+        if ".gitignore" in main.files:
+            raise ValueError(
+                f"{self._repo_id} has a .gitignore, by which the Hub leaves files out of a commit: delete it there."
+            )
         files, proposed = self._with_card(gate, dict(replaced), main.oid, main.files)
         release = gate.with_files(files)
         result = gate.check(self._names(_tag_of(release)), files)
@@ -357,8 +362,7 @@ class _Push:
         receipt.sent, receipt.deleted = plan.changed, plan.deleted
         self._enter_files(receipt, plan.release)
         if not self._options.pull_request:
-            receipt.tag = self._options.tag or _tag_of(plan.release)
-            self._check_tag(plan, receipt.tag, receipt.commit)
+            receipt.tag = self._free_tag(plan, receipt.commit)
         if receipt.dry_run:
             return
         if made is None:
@@ -387,7 +391,7 @@ class _Push:
                 if plan.head is None:
                     self._create()
                     plan = self._plan(gate, replaced)
-                self._check_tag(plan, self._options.tag, None)
+                self._free_tag(plan, None)
                 operations = self._operations(gate, plan)
                 self._say(f"Sending {len(plan.changed)} files to {self._repo_id}")
                 info = self._api.create_commit(
@@ -462,9 +466,16 @@ class _Push:
             )
         return counted
 
-    def _check_tag(self, plan: _Plan, tag: str | None, commit: str | None) -> None:
-        if tag is not None and plan.tags.get(tag, commit) != commit:
-            raise ValueError(f"{self._repo_id} has the tag {tag} on another commit: give another by --tag.")
+    def _free_tag(self, plan: _Plan, commit: str | None) -> str:
+        """The tag of the release: on its commit already, or on none."""
+        tag = self._options.tag
+        if tag is not None:
+            if plan.tags.get(tag, commit) != commit:
+                raise ValueError(f"{self._repo_id} has the tag {tag} on another commit: give another by --tag.")
+            return tag
+        # The same files may have been released before, and others since
+        names = (_tag_of(plan.release) + (f"-{number}" if number > 1 else "") for number in count(1))
+        return next(name for name in names if plan.tags.get(name, commit) == commit)
 
     def _tag(self, tag: str, commit: str) -> None:
         failure: Exception | None = None

@@ -43,7 +43,10 @@ def whoami(call: Call) -> Response:
 def card_of(commit: Commit) -> dict[str, Any]:
     readme = commit.files.get("README.md", b"")
     metadata = re.match(rb"---\n(.*?\n)---\n", readme, flags=re.DOTALL) if isinstance(readme, bytes) else None
-    return yaml.safe_load(metadata[1]) if metadata else {}
+    try:
+        return yaml.safe_load(metadata[1]) if metadata else {}
+    except yaml.YAMLError:
+        return {}
 
 
 def about(repository: Repository, commit: Commit, *, blobs: bool = False) -> dict[str, Any]:

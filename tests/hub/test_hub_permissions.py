@@ -124,12 +124,17 @@ def test_whose_namespace(hub, client):
     assert list(hub.repositories) == [("models", "alice/name")]
 
 
-def test_large_files_need_the_right_to_write(hub, client):
+def test_who_may_send_large_files(hub, client):
+    """Whose token may write at all: a stranger proposes weights by a pull request, and writes nothing to main."""
     repository = hub.add("models", "org/name", {".gitattributes": b"*.bin filter=lfs -text\n"})
-    stranger = hub.add_user("stranger")
     operations = [CommitOperationAdd("w.bin", b"weights")]
-    options = {"commit_message": "a push", "create_pr": True, "token": stranger}
-    assert refusal(client, "create_commit", "org/name", operations, **options)[1] == 403
-    assert [request.path for request in hub.requests][-1].endswith("/objects/batch")
+    options = {"commit_message": "a push", "create_pr": True}
+    for token, status in (("", 401), (hub.add_user("stranger", "read"), 403)):
+        assert refusal(client, "create_commit", "org/name", operations, **options, token=token)[1] == status
     assert (repository.objects, repository.discussions) == ({}, [])
+    stranger = hub.add_user("stranger")
+    assert refusal(client, "create_commit", "org/name", operations, commit_message="x", token=stranger)[1] == 403
+    operations = [CommitOperationAdd("w.bin", b"weights")]
+    assert client("create_commit", "org/name", operations, **options, token=stranger).pr_revision == "refs/pr/1"
+    assert repository.read("refs/pr/1")["w.bin"] == b"weights" and "w.bin" not in repository.read()
     assert hashlib.sha256(b"weights").hexdigest().encode() in hub.sent()
