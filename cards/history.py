@@ -358,9 +358,9 @@ def find_served(history: History, rule_of: Callable[[str, str | None, str | None
             commits.append(commit.oid)
     served = []
     for (rule, _), (file, paths, commits) in found.items():
-        by = []
+        by, holding = [], set(commits)
         for ref in history.refs:
-            places = [place for place, oid in enumerate(ref.commits) if oid in commits]
+            places = [place for place, oid in enumerate(ref.commits) if oid in holding]
             if places:
                 by.append(ServedBy(ref.ref, ref.kind, ref.name, ref.commits[places[0]], places[0]))
         served.append(

@@ -125,8 +125,10 @@ def main(argv: list[str]) -> int:
     args = make_parser().parse_args(argv)
     if (args.yes or args.all) and not args.purge:
         raise UsageError("--yes and --all are about removing: add --purge.")
-    if args.receipt is not None and not os.path.isdir(os.path.dirname(args.receipt) or "."):
-        raise UsageError("The folder for --receipt does not exist: make it first.")
+    if args.receipt is not None and (
+        os.path.isdir(args.receipt) or not os.path.isdir(os.path.dirname(args.receipt) or ".")
+    ):
+        raise UsageError("--receipt names no file in a folder that is there.")
     if args.token is not None:
         print("Warning: others on this machine can see --token; set HF_TOKEN instead.", file=sys.stderr)
     try:

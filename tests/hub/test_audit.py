@@ -415,7 +415,8 @@ def test_usage(hub, tmp_path):
         (["org/model", "--base", tmp_path / "nothing"], "--base is neither a folder nor"),
         (["org/model", "--yes"], "add --purge"),
         (["org/model", "--all"], "add --purge"),
-        (["org/model", "--receipt", tmp_path / "no" / "file"], "--receipt does not exist"),
+        (["org/model", "--receipt", tmp_path / "no" / "file"], "--receipt names no file"),
+        (["org/model", "--receipt", tmp_path], "--receipt names no file"),
         (["org/model", "--pruge"], "unrecognized arguments"),
         ([], "required"),
     ):
