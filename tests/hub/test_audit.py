@@ -214,7 +214,7 @@ def regular(repository):
 
 
 def regular_under_another_name(repository):
-    """Of a base on disk the hash is known by which git names a file; the Hub does not list it of a large file."""
+    """The Hub lists no SHA-256 of small files, so those that may be weights are looked into."""
     repository.commit({"model.safetensors": BASE[ONE]})
     push(repository, release())
 
@@ -358,8 +358,10 @@ def test_the_base_on_disk(hub, tmp_path):
     base.mkdir()
     for name, content in BASE.items():
         (base / name).write_bytes(content)
+    # Small files of any name are known by the hash that git gives them
+    push(repository, {**release(base_id=None), "notes.txt": BASE["pytorch_model.bin"]})
     content = audited(hub, tmp_path, "--base", base)
-    assert places(content) == {("original", "heads/main", 1)}
+    assert places(content) == {("original", "heads/main", 0), ("original", "heads/main", 2)}
     assert content["base"] == {"name": "a folder", "weight_files": 3}
     # Nothing of this machine's folders in what may be passed on
     assert str(tmp_path) not in json.dumps(content)
