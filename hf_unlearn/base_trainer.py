@@ -14,7 +14,7 @@
 """`ReportingTrainer`: what all runs share, however they change the weights: measuring, saving, reporting."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -24,30 +24,32 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, HubStrategy
+
+from hf_unlearn.cards.receipt import MESSAGE, Receipt
+from hf_unlearn.cards.remote import check_repo_id, connect
 
 from .config import UnlearnConfig
 from .data import prepare_dataset
 from .forward import Decoder, redirect_forward
 from .objective import score_rows
+from .pushing import Base, as_texts, find_base, on_main_process, release_model
 from .recording import Record, save_report
 from .reference import inner_model
 
 
 logger = get_logger(__name__)
 
-_NO_PUSH = (
-    "Pushing is not available yet: the Trainer's own push would upload half-unlearned checkpoints, local paths and "
-    "files that nothing has scanned for forget text. Save the model (trainer.save_model()) and check the folder "
-    "before you upload it."
-)
-
 
 class ReportingTrainer(Trainer):
     """
     Base of the trainers here: measures rows exactly, saves without pickle, and writes the report and the card.
 
-    A subclass says how the weights change, and sets `record` before the first evaluation.
+    A subclass says how the weights change, and sets `record` before the first evaluation, and `forget_rows`.
+
+    With `push_to_hub=True` nothing is sent while it trains, checkpoints included. `save_model()` and `push_to_hub()`
+    put a release together beside `output_dir`, merge an adapter, check everything that would leave, and send it in one
+    commit; see [`~hf_unlearn.pushing.release_model`].
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): the model, its scope already set.
@@ -57,12 +59,21 @@ class ReportingTrainer(Trainer):
 
     Attributes:
         record ([`~hf_unlearn.recording.Record`]): what the report is made from.
+        forget_rows (`Iterable[Mapping[str, Any]]`): what must not leave, as it was given.
+        forget_entities (`list[str]`): names that must not leave either.
+        receipt ([`~hf_unlearn.cards.receipt.Receipt`], *optional*): of the last push of this process.
     """
 
     record: Record
+    forget_rows: Iterable[Mapping[str, Any]]
 
     def __init__(self, model: PreTrainedModel | PeftModel, args: TrainingArguments, **kwargs: Any):
-        refuse_pushing(args)  # the last chance: `Trainer.__init__` creates the repository
+        self.forget_entities: list[str] = []
+        self.receipt: Receipt | None = None
+        self._base: Base | None = None
+        if args.push_to_hub:  # before anything is trained in vain
+            check_pushing(args)
+            self._base = self._find_base(model, args)
         self._use_cache = inner_model(model).config.use_cache
         self._evaluation_rows: list[Tensor] = []
         super().__init__(model=model, args=args, **kwargs)
@@ -169,14 +180,22 @@ class ReportingTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """
-        Saves the model, `unlearning_report.json` and the model card, loadable with `from_pretrained`.
+        Saves the model, `unlearning_report.json` and the model card, loadable with `from_pretrained`. With
+        `push_to_hub=True` the release is pushed then.
 
         Args:
             output_dir (`str`, *optional*): folder. Defaults to `args.output_dir`.
+
+        Raises:
+            [`~hf_unlearn.pushing.ReleaseError`]: the model is saved, and was not pushed.
         """
-        super().save_model(output_dir, _internal_call)
+        # The Trainer's own push would come before the report is written
+        super().save_model(output_dir, _internal_call=True)
         if not _internal_call:
-            self._save_report(output_dir or self.args.output_dir)
+            folder = output_dir or self.args.output_dir
+            self._save_report(folder)
+            if self.args.push_to_hub:
+                self._release(folder)
 
     def _save_report(self, folder: str) -> None:
         try:
@@ -190,19 +209,123 @@ class ReportingTrainer(Trainer):
         """Writes the report and the card into `args.output_dir`, in place of the Trainer's own card."""
         self._save_report(self.args.output_dir)
 
-    def push_to_hub(self, *args: Any, **kwargs: Any) -> None:
-        raise ValueError(_NO_PUSH)
+    # ---- The Hub ----
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Sends nothing: the repository is created by the push, after all checks."""
+        self.hub_model_id = self.args.hub_model_id
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        pass  # what has not been unlearned to the end does not leave
+
+    def push_to_hub(
+        self,
+        commit_message: str = MESSAGE,
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        *,
+        tag: str | None = None,
+        options: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Receipt | None:
+        """
+        Saves the model and pushes a release of it: checked files only, in one commit, with a tag.
+
+        To be called on all processes. The main one pushes, the others wait.
+
+        Args:
+            commit_message (`str`, *optional*):
+                Message of the commit.
+            blocking (`bool`, *optional*, defaults to `True`):
+                A push in the background is refused: whether it was sent has to be known.
+            token (`str`, *optional*):
+                Token with write access. Defaults to `args.hub_token`, `HF_TOKEN` or that of `hf auth login`.
+            revision (`str`, *optional*):
+                Refused: a release goes to main.
+            private (`bool`, *optional*):
+                `False` lets the repository be public. Defaults to `args.hub_private_repo`, and that to private.
+            tag (`str`, *optional*):
+                Of the release; named by its content where unset.
+            options (`Mapping`, *optional*):
+                Further arguments of [`~hf_unlearn.pushing.release_model`], such as `license` or `allowances`.
+            kwargs (*optional*):
+                What the Trainer would put into a card of its own, such as `dataset_name`: left out.
+
+        Returns:
+            [`~hf_unlearn.cards.receipt.Receipt`]: on the main process.
+
+        Raises:
+            `ValueError`: an argument does not fit.
+            [`~hf_unlearn.pushing.ReleaseError`]: the model is saved, and was not pushed.
+        """
+        check_pushing(self.args, token)
+        if not blocking or revision is not None:
+            raise ValueError("A release is pushed to main, and waited for: leave out `blocking` and `revision`.")
+        self.save_model(_internal_call=True)
+        self._save_report(self.args.output_dir)
+        return self._release(
+            self.args.output_dir, message=commit_message, token=token, private=private, tag=tag, **(options or {})
+        )
+
+    def _release(
+        self,
+        folder: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        entities: Iterable[str] = (),
+        **options: Any,
+    ) -> Receipt | None:
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        base = self._base or self._find_base(self.accelerator.unwrap_model(self.model), self.args)
+        is_private = self.args.hub_private_repo if private is None else private
+
+        def release() -> Receipt:
+            return release_model(
+                folder,
+                self.args.hub_model_id,
+                base=base,
+                rows=as_texts(self.forget_rows, self.processing_class),
+                token_decoder=self.processing_class.decode,
+                token=token or self.args.hub_token,
+                public=is_private is False,
+                quiet=self.args.disable_tqdm,
+                entities=[*self.forget_entities, *entities],
+                **options,
+            )
+
+        self.receipt = on_main_process(release, self.args)
+        return self.receipt
+
+    def _find_base(self, model: nn.Module, args: TrainingArguments) -> Base:
+        return find_base(model, (args.model_init_kwargs or {}).get("revision"))
 
 
-def refuse_pushing(args: TrainingArguments) -> None:
+def check_pushing(args: TrainingArguments, token: str | None = None) -> None:
     """
-    Refuses `push_to_hub`; a constructor calls it first, so that nothing is loaded in vain.
+    Refuses what a release cannot be pushed with; a constructor calls it first, so that nothing is loaded in vain.
+    Nothing is sent.
+
+    Args:
+        args ([`~transformers.TrainingArguments`]): with `hub_model_id` and the other `hub_` arguments.
+        token (`str`, *optional*): defaults to `args.hub_token`, `HF_TOKEN` or that of `hf auth login`.
 
     Raises:
-        `ValueError`: it is set.
+        `ValueError`: naming what to change.
     """
-    if args.push_to_hub:
-        raise ValueError(_NO_PUSH)
+    if args.hub_model_id is None:
+        raise ValueError("push_to_hub needs hub_model_id: name the repository, as OWNER/NAME.")
+    check_repo_id(args.hub_model_id)
+    if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+        raise ValueError(
+            f"hub_strategy={args.hub_strategy.value!r} would send what is half unlearned: leave it out, a release is "
+            "pushed once, at the end."
+        )
+    if args.hub_revision is not None or args.hub_always_push:
+        raise ValueError("hub_revision and hub_always_push are not supported: a release goes to main, at the end.")
+    connect(token or args.hub_token)
 
 
 def prepare_eval_dataset(

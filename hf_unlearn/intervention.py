@@ -29,7 +29,7 @@ from trl.trainer.utils import disable_dropout_in_model
 
 from hf_unlearn.cards.report import Certificate, Data, DataSummary, Footprint, Method, Scope
 
-from .base_trainer import prepare_eval_dataset, refuse_pushing
+from .base_trainer import check_pushing, prepare_eval_dataset
 from .constraints.certify import (
     certify_points,
     certify_relaxation,
@@ -223,7 +223,8 @@ class InterventionTrainer(RegionTrainer):
         args = InterventionConfig("intervention") if args is None else args
         if not isinstance(args, InterventionConfig):
             raise ValueError(f"args is a {type(args).__name__}: use InterventionConfig.")
-        refuse_pushing(args)
+        if args.push_to_hub:
+            check_pushing(args)
         for name, dataset in (("train_dataset", train_dataset), ("retain_dataset", retain_dataset)):
             if dataset is not None:
                 require_map_style(dataset, name)
@@ -267,6 +268,8 @@ class InterventionTrainer(RegionTrainer):
         freeze_all_but(model, [name for name, parameter in model.named_parameters() if id(parameter) in weights])
         record.modules = self.module_names
 
+        words = args.forbidden_words or []
+        forget_rows = [{"answer": word} for word in words] if train_dataset is None else train_dataset
         is_trained = args.kind not in SOLVED_KINDS
         if is_trained:
             stack_name, stack = decoder_layers(model)
@@ -294,6 +297,7 @@ class InterventionTrainer(RegionTrainer):
             compute_metrics=compute_metrics,
             callbacks=callbacks,
         )
+        self.forget_rows, self.forget_entities = forget_rows, words
         self.retain_dataset = retain_dataset
         self.points: ConstraintPoints | None = None
         self.edit: WeightEdit | None = None

@@ -24,8 +24,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from huggingface_hub import snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
 from peft import LoraConfig, PeftConfig, PeftModel
 from torch import Tensor
 from tqdm import tqdm
@@ -40,11 +38,10 @@ from hf_unlearn.cards.assemble import (
     copy_base_files,
     new_release,
 )
-from hf_unlearn.cards.remote import explained
 from hf_unlearn.cards.report import Disclosure
 from hf_unlearn.cards.tensor_files import open_model
 
-from .reference import adapter_can_be_disabled, inner_model
+from .reference import adapter_can_be_disabled
 
 
 logger = logging.getLogger(__name__)
@@ -57,17 +54,6 @@ _FLOAT32_BOUND = 1e-5
 # How much of the adapter's effect on the logits may be lost to rounding the merged weights to the base's data type
 _MAX_LOST = 0.05
 _MAX_SHARD = "5GB"
-# Of a base on the Hub, what loading the model has not put into the cache, and a release needs
-_SMALL_FILES = [
-    "*.json",
-    "*.jinja",
-    "*.txt",
-    "*.model",
-    "README.md",
-    "[Ll][Ii][Cc][Ee][Nn]*",
-    "NOTICE*",
-    "USE*POLICY*",
-]
 
 
 @dataclass(frozen=True)
@@ -135,7 +121,7 @@ def assemble_release(
         output (`str` or `os.PathLike`):
             The release; a folder that is new or empty. It is there when all of it is, or not at all.
         base (`str` or `os.PathLike`):
-            Folder of the base model; see [`find_base`].
+            Folder of the base model; see [`~hf_unlearn.pushing.find_base`].
         adapter (`str`, *optional*, defaults to `"merge"`):
             `"keep"` releases an adapter as it is, which is reversible, and blocked by the checks unless allowed.
         dtype (`str`, *optional*, defaults to `"auto"`):
@@ -312,61 +298,3 @@ def _without_bars(quiet: bool) -> Iterator[None]:
     finally:
         if quiet and was_shown:
             transformers_logging.enable_progress_bar()
-
-
-def find_base(model: PreTrainedModel | PeftModel, revision: str | None = None) -> "Base":
-    """
-    Where the files of the model that is being trained lie. Nothing is sent.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): as `from_pretrained` gave it.
-        revision (`str`, *optional*): that it was loaded with.
-
-    Returns:
-        [`Base`]
-
-    Raises:
-        `ValueError`: there is no such folder, neither here nor in the Hub's cache.
-    """
-    name = inner_model(model).config._name_or_path
-    if name and os.path.isdir(name):
-        return Base(os.path.abspath(name))
-    try:
-        cached = try_to_load_from_cache(name, "config.json", revision=revision) if name else None
-    except HFValidationError:  # a path that no longer exists
-        cached = None
-    if not isinstance(cached, str):
-        raise ValueError(
-            "The folder of the base model is not known, and a release is compared with it: load the model with "
-            "`from_pretrained` from a folder or from the Hub, or give the base's folder."
-        )
-    return Base(os.path.dirname(cached), name)
-
-
-@dataclass(frozen=True)
-class Base:
-    """
-    A base model on disk.
-
-    Parameters:
-        folder (`str`): the folder, or the snapshot in the Hub's cache.
-        repo_id (`str`, *optional*): where it came from.
-    """
-
-    folder: str
-    repo_id: str | None = None
-
-    def completed(self, token: str | None = None) -> str:
-        """
-        The folder, with the licence, the card and all files of the tokenizer: loading a model from the Hub does not
-        fetch those.
-
-        Raises:
-            [`~hf_unlearn.cards.remote.HubError`]: they cannot be fetched.
-        """
-        if self.repo_id is None:
-            return self.folder
-        with explained(self.repo_id):
-            return snapshot_download(
-                self.repo_id, revision=os.path.basename(self.folder), allow_patterns=_SMALL_FILES, token=token
-            )

@@ -35,7 +35,7 @@ from transformers import (
 from transformers.trainer_utils import EvalPrediction, TrainOutput
 from trl.trainer.utils import disable_dropout_in_model
 
-from .base_trainer import prepare_eval_dataset, refuse_pushing
+from .base_trainer import check_pushing, prepare_eval_dataset
 from .checkpoint import load_state, save_state
 from .config import UnlearnConfig
 from .data import count_overlap, prepare_dataset, rows_of_topics, split_sets, topics_of
@@ -174,7 +174,8 @@ class UnlearnTrainer(SplitGradientTrainer):
         peft_config: PeftConfig | None = None,
     ):
         args = complete_args(args, model)
-        refuse_pushing(args)
+        if args.push_to_hub:
+            check_pushing(args)
         objective = Objective(args)
         train_dataset, retain_dataset = split_sets(train_dataset, retain_dataset, args)
 
@@ -237,6 +238,8 @@ class UnlearnTrainer(SplitGradientTrainer):
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
+
+        self.forget_rows = train_dataset
 
         # What makes it hold
         check_trained_weights(self.model, args)

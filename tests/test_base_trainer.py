@@ -152,13 +152,17 @@ def test_an_edit_without_steps_is_measured_saved_and_reported(setting, tiny_mode
     assert "| `residual` | 1.00e-12 |\n\nLimits: Up to rounding.\n" in card
 
 
-def test_pushing_is_refused_before_anything_is_created(setting):
+def test_no_repository_is_created_by_a_trainer(setting, monkeypatch):
+    """The Trainer creates one when it is made, public by default, and sends each checkpoint."""
     trainer, _ = setting
-    with pytest.raises(ValueError, match="Pushing is not available yet"):
+    for name in ("create_repo", "upload_folder", "create_commit", "whoami"):
+        monkeypatch.setattr(f"huggingface_hub.HfApi.{name}", lambda *_, **__: pytest.fail("something was sent"))
+    with pytest.raises(ValueError, match="push_to_hub needs hub_model_id"):
         trainer.push_to_hub()
-    trainer.args.push_to_hub = True
-    with pytest.raises(ValueError, match="Pushing is not available yet"):
-        ReportingTrainer(model=trainer.model, args=trainer.args)
+    trainer.args.push_to_hub, trainer.args.hub_model_id, trainer.args.hub_token = True, "org/name", "hf_alice"
+    other = ReportingTrainer(model=trainer.model, args=trainer.args)
+    assert other.hub_model_id == "org/name"
+    other._push_from_checkpoint(trainer.args.output_dir)
 
 
 def test_footprint_by_hand():

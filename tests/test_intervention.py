@@ -502,7 +502,7 @@ def test_models_that_cannot_be_edited_are_refused_by_name(make, random_model, lo
         ({"retain_dataset": None, "retain_metric": "second_moment"}, "reads a retain_dataset: give one"),
         ({"retain_dataset": None, "retain_metric": "null_space"}, "reads a retain_dataset: give one"),
         ({"args": UnlearnConfig("out", use_cpu=True)}, "args is a UnlearnConfig: use InterventionConfig"),
-        ({"push_to_hub": True}, "Pushing is not available yet"),
+        ({"push_to_hub": True}, "push_to_hub needs hub_model_id"),
         ({"train_dataset": Dataset.from_list([])}, "train_dataset.* is empty"),
         ({"train_dataset": Dataset.from_list([{"text": "a"}]).to_iterable_dataset()}, "is streamed"),
     ],

@@ -33,7 +33,8 @@ from hf_unlearn import UnlearningReport
 from hf_unlearn.cards import Certificate
 from hf_unlearn.cards.assemble import assemble_files
 from hf_unlearn.cards.check import check_release
-from hf_unlearn.releasing import assemble_release, find_base, probe_rows
+from hf_unlearn.pushing import find_base
+from hf_unlearn.releasing import assemble_release, probe_rows
 
 
 REPORT = "unlearning_report.json"

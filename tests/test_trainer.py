@@ -667,12 +667,43 @@ def test_no_token_is_ever_written(make, tmp_path, monkeypatch):
     assert not any(path.name == "training_args.bin" for path in files)
 
 
-def test_pushing_raises_before_anything_is_sent(make, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda *_, **__: pytest.fail("a repository was created"))
-    with pytest.raises(ValueError, match="Pushing is not available yet"):
-        make(push_to_hub=True, peft_config=LORA)
-    with pytest.raises(ValueError, match="Pushing is not available yet"):
-        make(peft_config=LORA).push_to_hub()
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"hub_model_id": None}, "push_to_hub needs hub_model_id"),
+        ({"hub_model_id": "name"}, "The repository has to be named as OWNER/NAME"),
+        ({"hub_strategy": "checkpoint"}, "hub_strategy='checkpoint' would send what is half unlearned"),
+        ({"hub_strategy": "all_checkpoints"}, "hub_strategy='all_checkpoints' would send what is half unlearned"),
+        ({"hub_revision": "branch"}, "hub_revision and hub_always_push are not supported"),
+        ({"hub_always_push": True}, "hub_revision and hub_always_push are not supported"),
+        ({"hub_token": None}, "There is no token for the Hub"),
+    ],
+)
+def test_a_push_that_cannot_be_is_refused_before_the_model_is_loaded(make, monkeypatch, options, message):
+    monkeypatch.setattr("hf_unlearn.cards.remote.get_token", lambda: None)
+    settings = {"hub_model_id": "org/name", "hub_token": "hf_alice", **options}
+    with pytest.raises(ValueError, match=message):
+        make(model="/no/such/model", push_to_hub=True, **settings)
+    with pytest.raises(ValueError, match=message):
+        make(peft_config=LORA, **settings).push_to_hub()
+
+
+def test_a_model_of_unknown_origin_is_not_trained_for_a_push(make, random_model, tokenizer):
+    with pytest.raises(ValueError, match="The folder of the base model is not known"):
+        make(
+            model=random_model(),
+            processing_class=tokenizer,
+            push_to_hub=True,
+            hub_model_id="org/name",
+            hub_token="hf_a",
+        )
+
+
+def test_a_push_in_the_background_or_to_a_branch_is_refused(make):
+    trainer = make(hub_model_id="org/name", hub_token="hf_alice")
+    for options in ({"blocking": False}, {"revision": "branch"}):
+        with pytest.raises(ValueError, match="A release is pushed to main, and waited for"):
+            trainer.push_to_hub(**options)
 
 
 def test_resuming_restores_the_control_vectors_and_the_first_evaluation(make, tofu_rows):
