@@ -14,6 +14,7 @@
 """Callbacks for any transformers or TRL trainer. They keep no trainer: what they need is in the callback's kwargs."""
 
 from hf_unlearn.trainer_callbacks.relearning_probe import RelearningProbeCallback
+from hf_unlearn.trainer_callbacks.release import ReleaseCallback
 from hf_unlearn.trainer_callbacks.run_record import RunRecordCallback
 from hf_unlearn.trainer_callbacks.scope_guard import ScopeGuardCallback, ScopeViolationError
 from hf_unlearn.trainer_callbacks.unlearning_evaluation import UnlearningEvaluationCallback
@@ -21,6 +22,7 @@ from hf_unlearn.trainer_callbacks.unlearning_evaluation import UnlearningEvaluat
 
 __all__ = [
     "RelearningProbeCallback",
+    "ReleaseCallback",
     "RunRecordCallback",
     "ScopeGuardCallback",
     "ScopeViolationError",
