@@ -50,6 +50,7 @@ def everywhere(hub: LoopbackHub) -> Repository:
     repository = hub.add("models", "org/model", release(), lfs=LARGE)
     push(repository, ORIGINAL)
     tag(repository, "v0")
+    repository.commit({"model.bin": BASE["pytorch_model.bin"]}, branch="old")
     push(repository, {**ORIGINAL, "README.md": b"# Old"}, "old")
     push(repository, release(), "dev")
     repository.commit({"model.safetensors": BASE[ONE]}, branch="dev")
