@@ -279,7 +279,8 @@ class ReportingTrainer(Trainer):
         **options: Any,
     ) -> Receipt | None:
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        base = self._base or self._find_base(self.accelerator.unwrap_model(self.model), self.args)
+        trained = self.accelerator.unwrap_model(self.model)
+        base = self._base or self._find_base(trained, self.args)
         is_private = self.args.hub_private_repo if private is None else private
 
         def release() -> Receipt:
@@ -291,6 +292,7 @@ class ReportingTrainer(Trainer):
                 token_decoder=self.processing_class.decode,
                 token=token or self.args.hub_token,
                 public=is_private is False,
+                trained=trained,
                 quiet=self.args.disable_tqdm,
                 entities=[*self.forget_entities, *entities],
                 **options,

@@ -152,6 +152,7 @@ def release_model(
     public: bool = False,
     message: str = MESSAGE,
     tag: str | None = None,
+    trained: PreTrainedModel | PeftModel | None = None,
     quiet: bool = False,
 ) -> Receipt:
     """
@@ -170,6 +171,8 @@ def release_model(
         public (`bool`, *optional*, defaults to `False`): whether the repository may be public.
         message (`str`, *optional*): of the commit.
         tag (`str`, *optional*): of the release; named by its content where unset.
+        trained ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`], *optional*): as for
+            [`~hf_unlearn.releasing.assemble_release`].
         quiet (`bool`, *optional*, defaults to `False`): whether to draw no progress bar.
 
     Returns:
@@ -191,6 +194,7 @@ def release_model(
             disclosure=disclosure,
             model_name=repo_id.rpartition("/")[2],
             license=license,
+            trained=trained,
             quiet=quiet,
         )
         is_assembled = True

@@ -26,6 +26,7 @@ from typing import Literal
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -99,6 +100,7 @@ def assemble_release(
     commitment: str | None = None,
     model_name: str | None = None,
     license: str | None = None,
+    trained: PreTrainedModel | PeftModel | None = None,
     quiet: bool = False,
 ) -> Assembled:
     """
@@ -135,6 +137,9 @@ def assemble_release(
             The same.
         license (`str`, *optional*):
             Identifier of the base's licence, where its card names none.
+        trained ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`], *optional*):
+            The model that was trained, if it is still there. The weights below its adapter have to be the base's:
+            those of a model that was changed after it was loaded are in no file.
         quiet (`bool`, *optional*, defaults to `False`):
             Whether to draw no progress bar.
 
@@ -170,7 +175,7 @@ def assemble_release(
         ) as bar:
             return Assembled(assemble_files(folder, output, adapter=adapter, progress=bar.update, **options))
     with new_release(output) as release:
-        check = _merge(folder, base, release, dtype, quiet)
+        check = _merge(folder, base, release, dtype, trained, quiet)
         files = complete_release(folder, release, is_merged=True, **options)
         if report.certificates:
             logger.warning(
@@ -180,11 +185,18 @@ def assemble_release(
         return Assembled(files, check)
 
 
-def _merge(folder: str | os.PathLike, base: str | os.PathLike, release: Path, dtype: str, quiet: bool) -> MergeCheck:
+def _merge(
+    folder: str | os.PathLike,
+    base: str | os.PathLike,
+    release: Path,
+    dtype: str,
+    trained: PreTrainedModel | PeftModel | None,
+    quiet: bool,
+) -> MergeCheck:
     """Merges into the empty `release`, in the data type asked for or the first that keeps the edit."""
     wanted = [dtype] if dtype != "auto" else list(dict.fromkeys([_stored_dtype(base), "float32"]))
     for name in wanted:
-        check = _merge_as(folder, base, release, name, quiet)
+        check = _merge_as(folder, base, release, name, trained, quiet)
         if name == "float32":
             if check.error > _FLOAT32_BOUND:
                 raise ValueError(
@@ -210,7 +222,12 @@ def _merge(folder: str | os.PathLike, base: str | os.PathLike, release: Path, dt
 
 
 def _merge_as(
-    folder: str | os.PathLike, base: str | os.PathLike, release: Path, dtype: str, quiet: bool
+    folder: str | os.PathLike,
+    base: str | os.PathLike,
+    release: Path,
+    dtype: str,
+    trained: PreTrainedModel | PeftModel | None,
+    quiet: bool,
 ) -> MergeCheck:
     config = PeftConfig.from_pretrained(folder)
     if isinstance(config, LoraConfig) and not adapter_can_be_disabled(replace(config, bias="none")):
@@ -222,6 +239,12 @@ def _merge_as(
     bar = tqdm(total=4, desc=f"Merging in {dtype}", file=sys.stderr, disable=quiet, leave=False)
     with bar, _without_bars(quiet), torch.no_grad():
         model = _load(base)
+        if isinstance(trained, PeftModel) and _is_on_another(trained, model):
+            raise ValueError(
+                "The adapter was trained on weights that are not those of the base's files, so that the two do not "
+                "give the trained model: save the model that was changed before, train on that folder, and name it as "
+                "the base; or release `model.merge_and_unload()` with full weights."
+            )
         rows = probe_rows(model.config.get_text_config().vocab_size)
         before = _logits(model, rows)
         bar.update()
@@ -239,6 +262,24 @@ def _merge_as(
     if effect == 0.0:
         raise ValueError("The adapter changes nothing: there is nothing to release.")
     return MergeCheck(dtype, error / _rms(wanted), error / effect)
+
+
+def _is_on_another(trained: PeftModel, base: PreTrainedModel) -> bool:
+    """
+    Whether a frozen weight below the adapter is not the base's, in the data type that it was trained in. Weights that
+    are quantised or sharded are not compared.
+    """
+    frozen = {
+        name.replace(".base_layer.", ".").replace(".original_module.", "."): parameter
+        for name, parameter in trained.get_base_model().named_parameters()
+        if not parameter.requires_grad and parameter.is_floating_point() and not isinstance(parameter, DTensor)
+    }
+    return any(
+        name in frozen
+        and frozen[name].shape == parameter.shape
+        and not torch.equal(frozen[name].cpu(), parameter.to(frozen[name].dtype))
+        for name, parameter in base.named_parameters()
+    )
 
 
 def probe_rows(vocabulary: int) -> list[Tensor]:

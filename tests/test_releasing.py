@@ -361,6 +361,39 @@ def test_a_merge_that_went_wrong_is_refused(base, tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "trained"]
 
 
+def test_an_adapter_on_a_model_that_is_in_no_file_is_refused(base, tmp_path):
+    """Two adapters, one after the other: base and second adapter do not give what was trained."""
+    first = make_adapter(base, tmp_path / "first").merge_and_unload()
+    second = get_peft_model(first, LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], lora_alpha=4))
+    for name, parameter in second.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    second.save_pretrained(tmp_path / "second")
+    make_report_of_adapter(base, tmp_path / "second").save(tmp_path / "second" / REPORT)
+    with pytest.raises(ValueError, match="trained on weights that are not those of the base's files"):
+        assemble_release(tmp_path / "second", tmp_path / "release", base=base, trained=second, quiet=True)
+    assert not (tmp_path / "release").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"modules_to_save": ["down_proj"], "target_modules": ["q_proj"]}])
+def test_an_adapter_on_its_base_is_seen_to_be_that(base, tmp_path, dtype, options):
+    """In the data type of the training; and with modules that are trained as a whole."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    settings = {"r": 4, "target_modules": "all-linear", **options}
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter += 0.02 * torch.randn_like(parameter)
+    adapted.save_pretrained(tmp_path / "trained")
+    make_report_of_adapter(base, tmp_path / "trained").save(tmp_path / "trained" / REPORT)
+    result = assemble_release(tmp_path / "trained", tmp_path / "release", base=base, trained=adapted, quiet=True)
+    assert result.merge.error < 1e-6
+    assert not blocking(tmp_path / "release", base)
+
+
 def test_an_adapter_that_does_nothing_is_refused(base, tmp_path):
     make_adapter(base, tmp_path / "trained", scale=0.0)
     with pytest.raises(ValueError, match="The adapter changes nothing"):

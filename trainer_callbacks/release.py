@@ -171,6 +171,7 @@ class ReleaseCallback(RunRecordCallback):
                 public=not self.private,
                 message=self.commit_message,
                 tag=self.tag,
+                trained=model,
                 quiet=args.disable_tqdm,
                 **self.release_options,
             )

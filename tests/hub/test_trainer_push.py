@@ -178,6 +178,11 @@ CASES = {
         "calls": ["save"],
         "args": {"kind": "pointwise", "positions": "all", "epsilon": 0.1},
     },
+    "stored": {
+        "kind": "intervention",
+        "calls": ["save"],
+        "args": {"kind": "pointwise", "positions": "all", "epsilon": 0.1, "store": "adapter"},
+    },
 }
 
 
