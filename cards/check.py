@@ -18,6 +18,7 @@ A rule that cannot be applied, because there is no base or no forget set, is a f
 never taken for clean. A finding is let through by naming it, with its rule, its file and what was matched.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -215,6 +216,8 @@ class Gate:
     _licence_acknowledged: bool
     _environment: Mapping[str, str] | None
     _written: dict[str, tuple[int, int]]
+    # Of texts that were looked through already: a push checks twice, and most of them did not change
+    _scanned: dict[tuple[str, bytes], list[Finding]] = field(default_factory=dict)
 
     def unchanged(self) -> bool:
         """Whether nobody has written to the open files since they were read."""
@@ -285,8 +288,12 @@ class Gate:
 
     def scan(self, file: str, content: bytes | str) -> list[Finding]:
         """What must not leave and is in a text: secrets, paths of this machine, and the forget set."""
-        found = scan_secrets(file, content, self._environment) + scan_paths(file, content)
-        return found if self._scanner is None else found + self._scanner.scan(file, content)
+        text = content.encode(errors="surrogatepass") if isinstance(content, str) else content
+        key = file, hashlib.sha256(text).digest()
+        if key not in self._scanned:
+            found = scan_secrets(file, content, self._environment) + scan_paths(file, content)
+            self._scanned[key] = found + ([] if self._scanner is None else self._scanner.scan(file, content))
+        return self._scanned[key]
 
     def judge(self, findings: Iterable[Finding], result: CheckResult) -> None:
         """Adds findings to those that block or, where they were let through by name, to those that do not."""

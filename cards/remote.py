@@ -14,6 +14,7 @@
 """What the commands that talk to the Hub share: who is asked, what a revision holds, and failures in one sentence."""
 
 import hashlib
+import os
 import re
 import tempfile
 from collections.abc import Iterator
@@ -184,9 +185,15 @@ def read_file(api: HfApi, repo_id: str, file: RemoteFile, revision: str, limit: 
     """
     if file.size > limit:
         raise HubError(f"A file in {repo_id} that should be small has {file.size:,} bytes: remove it there.")
-    with tempfile.TemporaryDirectory() as folder:
-        path = api.hf_hub_download(repo_id, file.path, revision=revision, cache_dir=folder)
-        content = Path(path).read_bytes()
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            path = api.hf_hub_download(repo_id, file.path, revision=revision, cache_dir=folder)
+            content = Path(path).read_bytes()
+    except OSError as error:
+        if error.errno is None:  # one of the client's own
+            raise
+        reason = os.strerror(error.errno)
+        raise HubError(f"A temporary file cannot be written ({reason}): make room, or set TMPDIR.") from error
     if not is_content(content, file):
         raise HubError(f"A file of {repo_id} did not arrive as the Hub lists it: try again.")
     return content

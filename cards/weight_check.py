@@ -162,7 +162,12 @@ def _names_head(footprint: Footprint | None) -> bool:
 
 def _check_base_shards(release: Release, difference: ModelDiff, base_file_of: dict[str, str]) -> Iterator[Finding]:
     """No file of the base that holds a weight that changed may be among the files."""
-    changed = {base_file_of[tensor.name] for tensor in difference.tensors if tensor.changed_parameters}
+    # A head that was untied is in the release alone
+    changed = {
+        base_file_of[tensor.name]
+        for tensor in difference.tensors
+        if tensor.changed_parameters and tensor.name in base_file_of
+    }
     hashes = {entry.sha256 for entry in difference.base_files if entry.path in changed}
     for path, file in release.files.items():
         if kind_of(path) == "weights" and file.sha256 in hashes:

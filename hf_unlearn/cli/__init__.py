@@ -30,15 +30,19 @@ from hf_unlearn._version import __version__
 COMMANDS = {
     "apply": "make a model from its base and an edit manifest, bit for bit",
     "attack": "try to bring back what a model forgot, and compare with a control",
+    "audit": "look for what a repository on the Hub still serves of the original, in any state of it",
     "card": "write the model card of a release from its report",
     "check": "check a folder before it is released: files, weights, card, secrets, and the forget set",
     "diff": "compare two models on disk, tensor by tensor",
     "evaluate": "measure what a model still knows of one data set and what it kept of another",
     "intervene": "change a model as little as it takes to make words or answers unreachable, or prompts refused",
+    "push": "check a release and send it to the Hub as one commit, to where nothing serves the original",
     "quickstart": "make a small model that knows invented people, and make it forget some of them (no network)",
+    "release": "make a folder that may leave from one that a trainer saved: merged, with the base's files and a card",
     "robustness-report": "run every attack, judge by thresholds declared before, and write report, pictures and text",
     "train": "make a model forget one data set and keep another",
     "train-probe": "train a probe that tells forget from retain rows by their hidden states",
+    "verify": "check that a revision on the Hub holds what its report lists, and what a receipt says was sent",
 }
 
 

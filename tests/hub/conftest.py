@@ -71,8 +71,8 @@ def push(hub, run_process, base, token, tmp_path) -> Callable[..., Outcome]:
     """`hf-unlearn push` with base, forget set and token."""
     rows = write_rows(tmp_path / "forget.jsonl")
 
-    def run(folder, repo_id="org/name", *argv, token=token, environment=None, base=base) -> Outcome:
+    def run(folder, repo_id="org/name", *argv, base=base, **options) -> Outcome:
         words = ("push", folder, repo_id, "--base", base, "--forget", rows, *argv)
-        return run_process(*words, token=token, environment=environment)
+        return run_process(*words, **{"token": token, **options})
 
     return run

@@ -20,6 +20,7 @@ that breaks off a hundred pushes would wait for little else.
 
 import multiprocessing
 import os
+import resource
 import signal
 import tempfile
 from multiprocessing.connection import Connection
@@ -52,7 +53,7 @@ def serve(pipe: Connection, environment: dict[str, str]) -> None:
     time.sleep = lambda seconds: None
     while True:
         try:
-            argv, token, changed = pipe.recv()
+            argv, token, changed, file_size = pipe.recv()
         except EOFError:
             return
         with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
@@ -61,6 +62,10 @@ def serve(pipe: Connection, environment: dict[str, str]) -> None:
                 os.dup2(out.fileno(), 1)
                 os.dup2(err.fileno(), 2)
                 os.environ.update({"HF_TOKEN": token, **changed})
+                if file_size is not None:
+                    # As on a full disk, a file gets no byte
+                    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
                 code = 70
                 try:
                     code = main(argv)
@@ -113,9 +118,15 @@ class PushProcess:
         self._pipe.close()
         self._process.join()
 
-    def start(self, *argv: object, token: str = "", environment: dict[str, str] | None = None) -> int:
-        """Starts a command and gives its process id."""
-        self._pipe.send(([str(word) for word in argv], token, environment or {}))
+    def start(
+        self,
+        *argv: object,
+        token: str = "",
+        environment: dict[str, str] | None = None,
+        file_size: int | None = None,
+    ) -> int:
+        """Starts a command, which can write files of `file_size` bytes at most, and gives its process id."""
+        self._pipe.send(([str(word) for word in argv], token, environment or {}, file_size))
         return self._pipe.recv()
 
     def wait(self, timeout: float | None = None) -> Outcome | None:
@@ -126,6 +137,6 @@ class PushProcess:
         """Ends a command at once, in the middle of what it does."""
         os.kill(child, signal.SIGKILL)
 
-    def __call__(self, *argv: object, token: str = "", environment: dict[str, str] | None = None) -> Outcome:
-        self.start(*argv, token=token, environment=environment)
+    def __call__(self, *argv: object, **options: object) -> Outcome:
+        self.start(*argv, **options)
         return self.wait()
