@@ -41,7 +41,7 @@ from hf_unlearn.cards.history import base_weights, find_original, history_findin
 from hf_unlearn.cards.licence import inherit_licence
 from hf_unlearn.cards.merge import merge_card, own_text
 from hf_unlearn.cards.receipt import Blocked, PushOptions, Receipt
-from hf_unlearn.cards.release import Release, ReleaseFile
+from hf_unlearn.cards.release import MAX_KEPT_FILE, Release, ReleaseFile
 from hf_unlearn.cards.remote import (
     GIT_ATTRIBUTES,
     HubError,
@@ -428,7 +428,9 @@ class _Push:
         operations: list[CommitOperationAdd | CommitOperationDelete] = []
         for path in plan.changed:
             file = plan.release.files[path]
-            operation = CommitOperationAdd(path, file.content if file.content is not None else file.open())
+            # A small file may travel within the commit, where no hash of the storage protects it: it is read now
+            is_small = file.size <= MAX_KEPT_FILE
+            operation = CommitOperationAdd(path, file.read(0, file.size) if is_small else file.open())
             if operation.upload_info.sha256.hex() != file.sha256:
                 raise ValueError(f"{path} was written to after it was checked: try again when nothing writes to it.")
             operations.append(operation)

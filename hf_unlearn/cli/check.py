@@ -239,10 +239,13 @@ def as_text(result: CheckResult) -> str:
     if result.passed:
         lines.append(f"Passed: {len(result.files)} files may leave.")
     else:
-        lines.append(f"{count} finding{'s' if count > 1 else ''}: nothing may leave. To let one through, name it:")
-        first = result.blocking[0]
-        match = f":{first.match_sha256[:8]}" if first.match_sha256 else ""
-        lines.append(f"  --allow '{first.rule}:{first.file}{match}'")
+        lines.append(f"{count} finding{'s' if count > 1 else ''}: nothing may leave.")
+        # Of what a repository still serves, the findings say what to do instead
+        first = next((finding for finding in result.blocking if not finding.rule.startswith("history-")), None)
+        if first is not None:
+            match = f":{first.match_sha256[:8]}" if first.match_sha256 else ""
+            lines[-1] += " To let one through, name it:"
+            lines.append(f"  --allow '{first.rule}:{first.file}{match}'")
     return "\n".join(lines)
 
 
