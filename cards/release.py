@@ -354,7 +354,10 @@ class _Checker:
                     "missing-file", "model.safetensors", "the folder has no weights: name the folder of a model."
                 )
             return
-        message = "without this file the base is back, and all that it knew: merge it, or allow a reversible release."
+        message = (
+            "without this file the base is back, and all that it knew: merge it by `hf-unlearn release`, or allow a "
+            "reversible release."
+        )
         yield Finding("reversible", reversible[0], message)
         if b"reversible" not in ((self._files["README.md"].content or b"") if "README.md" in self._files else b""):
             yield Finding(

@@ -30,10 +30,13 @@ import sys
 
 from hf_unlearn.cards.check import Allowance
 from hf_unlearn.cards.disclosure import LEVELS
+from hf_unlearn.cards.file_names import kind_of
+from hf_unlearn.cards.manifest import EDIT_NAME
 from hf_unlearn.cards.push import push_release
 from hf_unlearn.cards.receipt import MESSAGE, Blocked, PushOptions, Receipt
 from hf_unlearn.cards.remote import check_repo_id, connect
 from hf_unlearn.cards.report import write_text
+from hf_unlearn.cards.tensor_files import ADAPTER_NAME
 
 from . import UsageError, run
 from .check import add_gate_arguments, as_text, gate_options, reading_weights
@@ -210,9 +213,19 @@ def as_lines(receipt: Receipt) -> str:
         lines.append(f"  allowed  {rules}")
     if not receipt.dry_run:
         revision = receipt.tag or receipt.revision
-        lines.append(f'  load     AutoModelForCausalLM.from_pretrained("{receipt.repo_id}", revision="{revision}")')
+        lines.append(f"  load     {_loading(receipt, revision)}")
         lines.append(f"  verify   hf-unlearn verify {receipt.repo_id}@{revision}")
     return "\n".join(lines)
+
+
+def _loading(receipt: Receipt, revision: str) -> str:
+    """What loads the release, by the kind of its weights."""
+    weights = {file.path for file in receipt.files if kind_of(file.path) == "weights"}
+    if weights == {EDIT_NAME}:
+        return f'hf-unlearn apply BASE "$(hf download {receipt.repo_id} --revision {revision})" OUT'
+    # transformers asks the base of an adapter for the revision of the adapter as well, PEFT does not
+    loader = "AutoPeftModelForCausalLM" if ADAPTER_NAME in weights else "AutoModelForCausalLM"
+    return f'{loader}.from_pretrained("{receipt.repo_id}", revision="{revision}")'
 
 
 def _bytes(size: int) -> str:

@@ -515,10 +515,11 @@ def test_the_snippet_runs(selected, tmp_path, kind):
     model = LlamaForCausalLM(config)
     folder = tmp_path / "release"
     if kind == "lora":
+        # Whose tokenizer is used: a release that is an adapter has none
         model.save_pretrained(tmp_path / "base")
         model = get_peft_model(model, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    tokenizer.save_pretrained(tmp_path / "base" if kind == "lora" else folder)
 
     selected.method.scope.kind = kind
     [code] = re.findall(r"```python\n(.*?)```", render_model_card(selected), flags=re.DOTALL)
