@@ -184,6 +184,7 @@ def base_weights(
     api: HfApi | None = None,
     repo_id: str | None = None,
     revision: str | None = None,
+    also: Callable[[str], bool] = lambda path: False,
     progress: Callable[[int], None] = lambda size: None,
 ) -> list[BaseFile]:
     """
@@ -195,6 +196,7 @@ def base_weights(
         api ([`~huggingface_hub.HfApi`], *optional*): the client.
         repo_id (`str`, *optional*): the base on the Hub. Only weights that are no large files are downloaded.
         revision (`str`, *optional*): its revision; main where unset.
+        also (`Callable[[str], bool]`, *optional*): whether a path, of no weight file, is wanted as well.
         progress (`Callable[[int], None]`, *optional*): told how many bytes of the folder were read.
 
     Returns:
@@ -224,7 +226,7 @@ def base_weights(
     if folder is not None:
         with read_release(folder, hub_links=True) as release:
             for path, file in release.files.items():
-                if not is_weights(path) or file.size == 0:
+                if not (is_weights(path) or also(path)) or file.size == 0:
                     continue
                 sha256, oid = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % file.size)
                 with file.open() as stream:
@@ -237,7 +239,7 @@ def base_weights(
         with explained(repo_id):
             revision = api.model_info(repo_id, revision=revision).sha  # one state, whatever is pushed meanwhile
             for path, file in read_tree(api, repo_id, revision).items():
-                if not is_weights(path) or file.size == 0:
+                if not (is_weights(path) or also(path)) or file.size == 0:
                     continue
                 if file.sha256 is not None:
                     files.append(BaseFile(path, file.size, file.sha256, None))

@@ -125,6 +125,8 @@ def explained(repo_id: str) -> Iterator[None]:
 
 def explain(error: Exception, repo_id: str) -> str:
     """One sentence on what the client raised, with the next step."""
+    if isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:
+        return explain(error.__cause__, repo_id)  # of a download: "not in the cache" is what came of it
     if isinstance(error, GatedRepoError):
         return f"{repo_id} is gated: ask for access on its page, and use a token that has it."
     if isinstance(error, RepositoryNotFoundError):

@@ -16,7 +16,7 @@
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -32,7 +32,7 @@ from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_ba
 
 from hf_unlearn.cards.file_names import kind_of
 from hf_unlearn.cards.findings import Finding
-from hf_unlearn.cards.remote import GIT_ATTRIBUTES, HubError, RemoteFile, git_oid, read_file, read_tree
+from hf_unlearn.cards.remote import GIT_ATTRIBUTES, HubError, RemoteFile, read_file, read_tree
 from hf_unlearn.cards.tensor_files import MAX_HEADER_BYTES, ModelFileError, TensorEntry, parse_header
 from hf_unlearn.cards.weight_rules import ADDED_WEIGHTS
 
@@ -57,6 +57,7 @@ class RemoteRelease:
         api ([`~huggingface_hub.HfApi`]): the client.
         repo_id (`str`): of a model.
         commit (`str`): the commit.
+        allowed (`Collection[str]`): paths that a release does not hold, and that its publisher let through.
 
     Attributes:
         files (`dict[str, RemoteFile]`): those that a release may hold.
@@ -67,12 +68,12 @@ class RemoteRelease:
         findings (`list[Finding]`): what could not be read, or is not what the Hub lists.
     """
 
-    def __init__(self, api: HfApi, repo_id: str, commit: str) -> None:
+    def __init__(self, api: HfApi, repo_id: str, commit: str, allowed: Collection[str] = ()) -> None:
         self._api, self.repo_id, self.commit = api, repo_id, commit
         self._folder: Path | None = None
         tree = read_tree(api, repo_id, commit)
-        self.files = {path: file for path, file in tree.items() if may_be_named(path)}
-        self.others = [path for path in tree if not may_be_named(path)]
+        self.files = {path: file for path, file in tree.items() if may_be_named(path) or path in allowed}
+        self.others = [path for path in tree if path not in self.files]
         self.contents: dict[str, bytes] = {}
         self.headers: dict[str, tuple[dict[str, str] | None, list[TensorEntry]]] = {}
         self.sha256: dict[str, str] = {}
@@ -87,11 +88,6 @@ class RemoteRelease:
     def model_files(self) -> list[str]:
         """Weight files of a model, without adapters and edits."""
         return [path for path in self.weights if path not in ADDED_WEIGHTS]
-
-    def hashes(self, path: str) -> set[str]:
-        """By which a file may be listed: SHA-256, and the SHA-1 of git."""
-        hashes = {self.sha256[path]} if path in self.sha256 else set()
-        return hashes | {git_oid(self.contents[path]) if path in self.contents else self.files[path].oid}
 
     def read(self, download: bool, progress: Callable[[int], None]) -> None:
         """
@@ -185,4 +181,4 @@ class RemoteRelease:
         local.unlink()
 
     def _find(self, rule: str, path: str, message: str) -> None:
-        self.findings.append(Finding(rule, path, message))
+        self.findings.append(Finding(rule, path if may_be_named(path) else "a file that was let through", message))

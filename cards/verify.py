@@ -19,9 +19,8 @@ report to match: only a receipt, kept elsewhere, tells that a release as a whole
 """
 
 import hashlib
-import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -30,19 +29,19 @@ from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundErro
 
 from hf_unlearn.cards.file_names import kind_of, leftover, unsafe_content
 from hf_unlearn.cards.findings import Finding
+from hf_unlearn.cards.history import base_weights
 from hf_unlearn.cards.manifest import EDIT_NAME, MANIFEST_NAME, EditManifest, TensorRecord
 from hf_unlearn.cards.metadata import parse_card
 from hf_unlearn.cards.png import check_png
-from hf_unlearn.cards.release import read_release
 from hf_unlearn.cards.remote import (
     GIT_ATTRIBUTES,
+    HubError,
     check_repo_id,
     explained,
-    read_file,
-    read_tree,
 )
 from hf_unlearn.cards.remote_release import RemoteRelease, may_be_named
 from hf_unlearn.cards.report import REPORT_NAME, SCHEMA_VERSION, FileEntry, UnlearningReport
+from hf_unlearn.cards.stored import BaseFile
 from hf_unlearn.cards.tensor_files import (
     CONFIG_NAME,
     INDEX_NAME,
@@ -56,11 +55,17 @@ from hf_unlearn.cards.weight_rules import check_header, check_shards
 
 CARD_NAME = "README.md"
 
-# Larger ones are large files on the Hub, whose hash it lists
-_MAX_SMALL = 16 * 2**20
-# Enough for most headers, so that most take one request
-_FIRST_BYTES = 100_000
-_RETRIES = 2
+# By which `hf-unlearn check` blocks a file as a whole, and by which it can be let through
+_FILE_RULES = (
+    "not-allowed",
+    "pickle",
+    "hidden-file",
+    "file-name",
+    "private",
+    "png-format",
+    "png-chunk",
+    "png-trailing",
+)
 
 # As safetensors names the types that a report or a `config.json` may name
 _DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -87,6 +92,7 @@ class ReceiptContent:
         tag (`str`, *optional*): the tag that it set.
         files (`list[FileEntry]`): the files of that commit.
         parameters (`int`, *optional*): of all weight files.
+        allowed (`list[Finding]`): what the publisher let through by name.
     """
 
     repo_id: str
@@ -95,6 +101,13 @@ class ReceiptContent:
     tag: str | None
     files: list[FileEntry]
     parameters: int | None
+    allowed: list[Finding]
+
+    @property
+    def allowed_files(self) -> set[str]:
+        """Files that no release holds but by the word of its publisher."""
+        paths = {entry.path for entry in self.files}
+        return {finding.file for finding in self.allowed if finding.rule in _FILE_RULES and finding.file in paths}
 
     @classmethod
     def from_json(cls, content: bytes) -> "ReceiptContent":
@@ -172,57 +185,21 @@ class VerifyResult:
         return {"passed": self.passed, **asdict(self)}
 
 
-def hash_base(folder: str | os.PathLike) -> dict[str, str]:
+def is_vouched_for(path: str) -> bool:
     """
-    Path -> SHA-256 of every file of a base on disk; weights are streamed.
-
-    Args:
-        folder (`str` or `os.PathLike`): a folder, or a snapshot in the Hub's cache.
-
-    Raises:
-        `ValueError`: the folder cannot be read.
+    Whether a file may be in a release without a report that lists it, because the base has it too: code, and parts of
+    a tokenizer in folders.
 
     Example:
 
     ```python
-    >>> import tempfile
-    >>> from pathlib import Path
-    >>> from hf_unlearn.cards.verify import hash_base
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     _ = Path(folder, "config.json").write_text("{}")
-    ...     hash_base(folder)["config.json"][:8]
-    '44136fa3'
+    >>> from hf_unlearn.cards.verify import is_vouched_for
+    >>> [is_vouched_for(path) for path in ("modeling_tiny.py", "tokenizer.json", "README.md")]
+    [True, False, False]
 
     ```
     """
-    with read_release(folder, hub_links=True) as release:
-        return {path: file.sha256 for path, file in release.files.items()}
-
-
-def list_base(api: HfApi, base_id: str, revision: str | None) -> dict[str, str]:
-    """
-    Path -> hash of every file of a base on the Hub, as it lists them: the SHA-256 of large files, the SHA-1 of the git
-    blob of others. No weights are downloaded but those that are no large files.
-
-    Args:
-        api ([`~huggingface_hub.HfApi`]): the client.
-        base_id (`str`): of the model.
-        revision (`str`, *optional*): `main` where unset.
-
-    Raises:
-        [`~hf_unlearn.cards.remote.HubError`]: the Hub cannot be asked, or has no such model or revision.
-    """
-    with explained(base_id):
-        return _list_base(api, base_id, revision or "main")
-
-
-def _list_base(api: HfApi, base_id: str, revision: str) -> dict[str, str]:
-    hashes = {}
-    for path, file in read_tree(api, base_id, revision).items():
-        hashes[path] = file.sha256 or file.oid
-        if file.sha256 is None and kind_of(path) == "weights":
-            hashes[path] = hashlib.sha256(read_file(api, base_id, file, revision)).hexdigest()
-    return hashes
+    return kind_of(path) == "code" or (kind_of(path) == "tokenizer" and "/" in path)
 
 
 def verify_release(
@@ -231,7 +208,7 @@ def verify_release(
     revision: str | None = None,
     *,
     receipt: ReceiptContent | None = None,
-    base: Mapping[str, str] | None = None,
+    base: Sequence[BaseFile] | None = None,
     download: bool = False,
     progress: Callable[[int], None] = lambda files: None,
 ) -> VerifyResult:
@@ -246,8 +223,8 @@ def verify_release(
         repo_id (`str`): of a model.
         revision (`str`, *optional*): branch, tag, `refs/pr/N` or commit; that of the receipt, or else `main`.
         receipt ([`ReceiptContent`], *optional*): of the push.
-        base (`Mapping[str, str]`, *optional*): path -> hash of the base's files, from [`hash_base`] or [`list_base`];
-            the model that the report names where unset.
+        base (`Sequence[BaseFile]`, *optional*): the base's weights, and what else [`is_vouched_for`], from
+            [`~hf_unlearn.cards.history.base_weights`]; those of the model that the report names where unset.
         download (`bool`, *optional*, defaults to `False`): whether to download large files, one at a time, into a
             temporary folder, and to hash their bytes.
         progress (`Callable[[int], None]`, *optional*): told how many more files were looked at.
@@ -269,7 +246,8 @@ def verify_release(
     check_repo_id(repo_id)
     revision = revision or (receipt.revision if receipt is not None else "main")
     with explained(repo_id):
-        release = RemoteRelease(api, repo_id, api.model_info(repo_id, revision=revision).sha)
+        allowed = receipt.allowed_files if receipt is not None else ()
+        release = RemoteRelease(api, repo_id, api.model_info(repo_id, revision=revision).sha, allowed)
         release.read(download, progress)
         result = VerifyResult(repo_id, revision, release.commit)
         _Verifier(api, release, result, download).verify(receipt, base)
@@ -282,14 +260,14 @@ class _Verifier:
     def __init__(self, api: HfApi, release: RemoteRelease, result: VerifyResult, downloaded: bool) -> None:
         self._api, self._release, self._result, self._downloaded = api, release, result, downloaded
 
-    def verify(self, receipt: ReceiptContent | None, base: Mapping[str, str] | None) -> None:
+    def verify(self, receipt: ReceiptContent | None, base: Sequence[BaseFile] | None) -> None:
         result, release = self._result, self._release
         result.findings += release.findings
-        result.files = dict(release.sha256)
+        result.files = {path: digest for path, digest in release.sha256.items() if may_be_named(path)}
         result.checks += ["tree", *(["bytes"] if self._downloaded else [])]
         if not self._downloaded and any(file.sha256 for file in release.files.values()):
             result.not_checked.append(_LISTED_BY_HUB)
-        self._add(self._check_tree())
+        self._add(self._check_tree(receipt.allowed_files if receipt is not None else set()))
         self._add(self._check_weights())
         report = self._read_report()
         if report is not None:
@@ -315,16 +293,21 @@ class _Verifier:
     def _add(self, findings: Iterator[Finding]) -> None:
         self._result.findings += findings
 
-    def _check_tree(self) -> Iterator[Finding]:
+    def _check_tree(self, allowed: set[str]) -> Iterator[Finding]:
         if self._release.others:
             # Not by their names, which may be anything
             words = sorted({leftover(path) or "a file of another name" for path in self._release.others})
             count = len(self._release.others)
             message = f"{count} of its files are none that a release holds ({'; '.join(words)}): remove them."
             yield Finding("verify-extra", "the tree", message)
+        if let_through := len(allowed & self._release.files.keys()):
+            # That they are those of the receipt is compared with all others
+            self._result.not_checked.append(
+                f"What is in {let_through} file{'s' * (let_through > 1)} that the receipt says was let through."
+            )
         for path, content in self._release.contents.items():
             kind = kind_of(path)
-            if kind == "weights":
+            if kind == "weights" or path in allowed:
                 continue
             if kind == "picture":
                 if check_png(path, content):
@@ -365,15 +348,15 @@ class _Verifier:
         """Files of a list that are missing or others. `verify` stands for one rule of its own for each of the two."""
         for number, entry in enumerate(entries, start=1):
             path = entry.path
+            label = path if may_be_named(path) else f"file {number} in the list of {where}"
             if path in self._release.others:
                 continue  # it was not read, and that it is there is a finding
             if path not in self._release.files:
-                label = path if may_be_named(path) else f"file {number} in the list of {where}"
                 kind = "verify-missing" if rule == "verify" else rule
                 yield Finding(kind, label, f"{where} lists it, and it is not there.")
             elif (self._release.files[path].size, self._release.sha256.get(path)) != (entry.size, entry.sha256):
                 kind = "verify-hash" if rule == "verify" else rule
-                yield Finding(kind, path, f"it is not the file that {where} lists: its size or SHA-256 is another.")
+                yield Finding(kind, label, f"it is not the file that {where} lists: its size or SHA-256 is another.")
 
     def _check_card(self, report: UnlearningReport) -> Iterator[Finding]:
         content = self._release.contents.get(CARD_NAME)
@@ -438,7 +421,7 @@ class _Verifier:
             message = f"they are {main}, but report and config.json name {' and '.join(sorted(expected))}."
             yield Finding("verify-parameters", "the weights", message)
 
-    def _base_of(self, report: UnlearningReport) -> Mapping[str, str] | None:
+    def _base_of(self, report: UnlearningReport) -> Sequence[BaseFile] | None:
         """The files of the model that the report names, where it can be asked for."""
         base_id, revision = report.base.model_id, report.base.revision
         if base_id is None:
@@ -448,22 +431,24 @@ class _Verifier:
             return None
         if revision is None:
             self._result.not_checked.append(f"The report names no revision of {base_id}: compared with its main.")
-        with explained(base_id):
-            try:
-                return _list_base(self._api, base_id, revision or "main")
-            except (RepositoryNotFoundError, RevisionNotFoundError):
-                message = (
-                    f"The base, {base_id}, cannot be read at the revision that the report names: --base names another."
-                )
-                self._result.not_checked.append(message)
-                return None
+        try:
+            return base_weights(api=self._api, repo_id=base_id, revision=revision, also=is_vouched_for)
+        except HubError as error:
+            if not isinstance(error.__cause__, (RepositoryNotFoundError, RevisionNotFoundError)):
+                raise
+            message = (
+                f"The base, {base_id}, cannot be read at the revision that the report names: --base names another."
+            )
+            self._result.not_checked.append(message)
+            return None
 
-    def _check_base(self, report: UnlearningReport, base: Mapping[str, str]) -> Iterator[Finding]:
+    def _check_base(self, report: UnlearningReport, base: Sequence[BaseFile]) -> Iterator[Finding]:
         """That no weight file is the base's but those in which nothing changed."""
         model_files = self._release.model_files
         if not model_files:
             return
-        same = [path for path in model_files if self._release.hashes(path) & set(base.values())]
+        theirs = {file.sha256 for file in base}
+        same = [path for path in model_files if self._release.sha256.get(path) in theirs]
         if len(same) == len(model_files):
             yield Finding("verify-base", "the weights", "they are the base's, bit for bit: nothing was unlearned.")
             return
@@ -478,7 +463,7 @@ class _Verifier:
                 message = "it is the base's, bit for bit, but holds weights that the report says changed."
                 yield Finding("verify-base", path, message)
 
-    def _check_manifest(self, base: Mapping[str, str] | None) -> Iterator[Finding]:
+    def _check_manifest(self, base: Sequence[BaseFile] | None) -> Iterator[Finding]:
         try:
             manifest = EditManifest.from_json(self._release.contents[MANIFEST_NAME])
         except ValueError:
@@ -506,22 +491,20 @@ class _Verifier:
             else:
                 yield from self._compare("verify-manifest", [manifest.edit_file], "the edit manifest")
         if base is not None:
-            # Of a file that is no large one, the Hub lists another kind of hash
-            theirs = {path: digest for path, digest in base.items() if len(digest) == 64}
+            theirs = {file.path: file.sha256 for file in base}
             if any(theirs.get(entry.path, entry.sha256) != entry.sha256 for entry in manifest.base_files):
                 message = "it is of another base: the hashes of base files in it are others."
                 yield Finding("verify-manifest", MANIFEST_NAME, message)
         if f"{MANIFEST_NAME}.sig" in self._release.files:
             self._result.not_checked.append("The signature of the edit manifest: `hf-unlearn apply` checks it.")
 
-    def _check_vouched(self, receipt: ReceiptContent | None, base: Mapping[str, str] | None) -> Iterator[Finding]:
+    def _check_vouched(self, receipt: ReceiptContent | None, base: Sequence[BaseFile] | None) -> Iterator[Finding]:
         """What no report lists, because the base has it too: code, and what is in folders."""
-        pushed = {entry.path: entry.sha256 for entry in receipt.files} if receipt is not None else {}
+        known = {(file.path, file.sha256) for file in [*(base or ()), *(receipt.files if receipt is not None else ())]}
         for path in self._release.files:
-            if kind_of(path) == "code" or (kind_of(path) == "tokenizer" and "/" in path):
-                if not self._release.hashes(path) & {(base or {}).get(path), pushed.get(path)}:
-                    message = "neither the base nor a receipt has it, or not this: see what it does, or remove it."
-                    yield Finding("verify-extra", path, message)
+            if is_vouched_for(path) and (path, self._release.sha256.get(path)) not in known:
+                message = "neither the base nor a receipt has it, or not this: see what it does, or remove it."
+                yield Finding("verify-extra", path, message)
 
     def _check_receipt(self, receipt: ReceiptContent) -> Iterator[Finding]:
         result = self._result

@@ -35,8 +35,10 @@ from huggingface_hub import HfApi
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from tqdm import tqdm
 
+from hf_unlearn.cards.history import base_weights
 from hf_unlearn.cards.remote import check_repo_id, connect
-from hf_unlearn.cards.verify import ReceiptContent, VerifyResult, hash_base, list_base, verify_release
+from hf_unlearn.cards.stored import BaseFile, is_weights
+from hf_unlearn.cards.verify import ReceiptContent, VerifyResult, is_vouched_for, verify_release
 
 from . import UsageError, run
 from .diff import Parser
@@ -149,16 +151,17 @@ def _read_receipt(path: str) -> ReceiptContent:
         raise UsageError(str(error)) from error
 
 
-def _read_base(api: HfApi, base: str) -> dict[str, str]:
+def _read_base(api: HfApi, base: str) -> list[BaseFile]:
     if not os.path.isdir(base):
-        return list_base(api, *_parse_repo(base))
+        repo_id, revision = _parse_repo(base)
+        return base_weights(api=api, repo_id=repo_id, revision=revision, also=is_vouched_for)
     try:
-        hashes = hash_base(base)
+        files = base_weights(base, also=is_vouched_for)
     except ValueError as error:
         raise UsageError("--base is a folder that cannot be read: pass that of a model.") from error
-    if not any(path.endswith(".safetensors") for path in hashes):
-        raise UsageError("--base is a folder without safetensors files: pass that of the base model.")
-    return hashes
+    if not any(is_weights(file.path) for file in files):
+        raise UsageError("--base is a folder without weights: pass that of the base model.")
+    return files
 
 
 def as_text(result: VerifyResult) -> str:

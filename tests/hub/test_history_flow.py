@@ -222,3 +222,30 @@ def test_releases_one_after_the_other(hub, push, release, base, base_on_hub, aud
     stored = {hashlib.sha256((one / "model.safetensors").read_bytes()).hexdigest() for one in (release, newer, last)}
     served = {hashlib.sha256(repository.read(tag)["model.safetensors"]).hexdigest() for tag in repository.tags}
     assert served == stored
+
+
+def test_what_was_let_through_is_verified_by_its_receipt(hub, push, run_process, release, token, tmp_path):
+    """A file that no release holds: only the receipt says that its publisher sent it, and with which content."""
+    name = "A summer diary.txt"
+    (release / name).write_text("Nothing that anybody has to forget.\n")
+    assert push(release).code == 1
+    receipt = tmp_path / "receipt.json"
+    outcome = push(release, "org/name", "--receipt", receipt, "--allow", f"not-allowed:{name}")
+    assert outcome.code == 0, outcome.out
+
+    def verify(*argv) -> tuple[int, dict]:
+        outcome = run_process("verify", "org/name", "--json", *argv, token=token)
+        assert "diary" not in outcome.out + outcome.err
+        return outcome.code, json.loads(outcome.out)
+
+    code, result = verify("--receipt", receipt)
+    assert code == 0 and "1 file that the receipt says was let through" in " ".join(result["not_checked"])
+    code, result = verify()
+    assert code == 1 and [(one["rule"], one["file"]) for one in result["findings"]] == [("verify-extra", "the tree")]
+    repository = hub.repository("org/name")
+    for changed in (b"Something else.\n", None):
+        files = {**repository.at("main").files, name: changed}
+        repository.write({path: file for path, file in files.items() if file is not None}, "Edit", "refs/heads/main")
+        code, result = verify("--receipt", receipt)
+        rules = {(one["rule"], one["file"].split(" ")[0]) for one in result["findings"]}
+        assert code == 1 and ("verify-receipt", "file") in rules and not any("extra" in rule for rule, _ in rules)
