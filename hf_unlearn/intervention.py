@@ -111,10 +111,11 @@ class InterventionRecord(Record):
     Args:
         model ([`~transformers.PreTrainedModel`]): the model before.
         data ([`~hf_unlearn.cards.report.Data`]): how much data there was.
+        revision (`str`, *optional*): of the Hub that the model was loaded at; main where unset.
     """
 
-    def __init__(self, model: PreTrainedModel, data: Data):
-        super().__init__(model, data)
+    def __init__(self, model: PreTrainedModel, data: Data, revision: str | None = None):
+        super().__init__(model, data, revision)
         self.originals: dict[str, Tensor] = {}  # edited weights as they were, on the CPU
         self.edit: WeightEdit | None = None
         self.modules: list[str] = []
@@ -251,7 +252,8 @@ class InterventionTrainer(RegionTrainer):
         if isinstance(model, PeftModel):
             raise ValueError("The model has an adapter: merge it first (`model.merge_and_unload()`).")
         tokenizer = prepare_tokenizer(processing_class, model, args)
-        record = InterventionRecord(model, Data(DataSummary(0, 0)))
+        revision = (args.model_init_kwargs or {}).get("revision")
+        record = InterventionRecord(model, Data(DataSummary(0, 0)), revision)
         if args.store == "stochastic" and model.dtype != torch.bfloat16:
             raise ValueError(
                 "store='stochastic' is for a model in bfloat16: load it with dtype='bfloat16', or use store='fp32'."

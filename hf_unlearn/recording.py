@@ -106,6 +106,7 @@ class Record:
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): the model before anything changed.
         data ([`~hf_unlearn.cards.report.Data`]): see [`describe_rows`].
+        revision (`str`, *optional*): of the Hub that the model was loaded at; main where unset.
 
     Attributes:
         base ([`~hf_unlearn.cards.report.BaseModel`]): the model before, without its adapters.
@@ -115,8 +116,8 @@ class Record:
         last_checkpoint (`str`, *optional*): folder of the newest checkpoint.
     """
 
-    def __init__(self, model: PreTrainedModel | PeftModel, data: Data):
-        self.base = describe_model(model, hub_origin(model))
+    def __init__(self, model: PreTrainedModel | PeftModel, data: Data, revision: str | None = None):
+        self.base = describe_model(model, hub_origin(model, revision))
         self.data = data
         self.evaluations: dict[str, dict[str, dict[str, float]]] = {"before": {}, "after": {}}
         self.certificates: list[Certificate] = []
@@ -164,12 +165,19 @@ class RunRecord(Record):
             shared.
         forget ([`~datasets.Dataset`]): prepared forget rows; only their numbers are kept.
         retain ([`~datasets.Dataset`], *optional*): prepared retain rows; only their numbers are kept.
+        revision (`str`, *optional*): of the Hub that the model was loaded at; main where unset.
     """
 
     def __init__(
-        self, model: PreTrainedModel | PeftModel, reference: Reference | None, forget: Dataset, retain: Dataset | None
+        self,
+        model: PreTrainedModel | PeftModel,
+        reference: Reference | None,
+        forget: Dataset,
+        retain: Dataset | None,
+        revision: str | None = None,
     ):
-        super().__init__(model, Data(describe_rows(forget), None if retain is None else describe_rows(retain)))
+        data = Data(describe_rows(forget), None if retain is None else describe_rows(retain))
+        super().__init__(model, data, revision)
         self.is_adapter_fresh = isinstance(reference, DisabledAdapter)
         self.initial: InitialWeights | None = None
         if isinstance(reference, InitialWeights):
@@ -352,17 +360,21 @@ def describe_environment(device: torch.device, processes: int, train_seconds: fl
     )
 
 
-def hub_origin(model: PreTrainedModel | PeftModel) -> tuple[str | None, str | None]:
+def hub_origin(model: PreTrainedModel | PeftModel, revision: str | None = None) -> tuple[str | None, str | None]:
     """
     Hub id and commit of a model, where the local cache proves that it came from the Hub.
 
     A folder's name is never taken for an id: it would publish a local path as the base model.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): as `from_pretrained` gave it.
+        revision (`str`, *optional*): that it was loaded with; main where unset. The model does not tell.
     """
     name = inner_model(model).config._name_or_path
     if not name or os.path.exists(name):
         return None, None
     try:
-        cached = try_to_load_from_cache(name, "config.json")
+        cached = try_to_load_from_cache(name, "config.json", revision=revision)
     except HFValidationError:  # a path that no longer exists
         return None, None
     if not isinstance(cached, str):

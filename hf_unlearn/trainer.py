@@ -286,7 +286,8 @@ class UnlearnTrainer(SplitGradientTrainer):
         self._metrics_steps = 0
         self._is_finite = torch.ones((), dtype=torch.bool, device=args.device)
         self._last_batch: tuple | None = None
-        self.record = RunRecord(self.model, objective.reference, forget, retain)
+        revision = (args.model_init_kwargs or {}).get("revision")
+        self.record = RunRecord(self.model, objective.reference, forget, retain, revision)
 
     # ---- Construction ----
 

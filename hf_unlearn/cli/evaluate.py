@@ -103,7 +103,7 @@ def evaluate(name: str | None, data_args: "DataArguments", args: EvaluateArgumen
         if report is not None:
             check_same_model(report, model, args.output)
         elif args.output is not None:
-            report = new_report(model, tokenizer, data.sets, config)
+            report = new_report(model, tokenizer, data.sets, config, args.revision)
         inputs = Inputs(data, tokenizer, config, args, ScoreCache(cache_folder(args)))
         result = measure(model, given, inputs)
         del model  # room for the other one

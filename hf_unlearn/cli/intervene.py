@@ -39,7 +39,15 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from . import UsageError, run
-from .running import LAUNCHED, RunArguments, first_rows, launch, probability_lines, set_model_options
+from .running import (
+    LAUNCHED,
+    RunArguments,
+    first_rows,
+    launch,
+    probability_lines,
+    release_lines,
+    set_model_options,
+)
 
 
 if TYPE_CHECKING:
@@ -236,6 +244,7 @@ def _as_json(trainer: "InterventionTrainer", edit: dict[str, Any]) -> str:
             "edit": edit,
             "metrics": trainer.record.evaluations,
             "certificates": [asdict(certificate) for certificate in trainer.record.certificates],
+            "release": None if trainer.receipt is None else trainer.receipt.to_dict(),
         },
         indent=2,
     )
@@ -299,7 +308,7 @@ def _as_table(trainer: "InterventionTrainer", edit: dict[str, Any]) -> str:
         base = trainer.record.base.model_id
         saved = f"the edit as a LoRA for {base or 'the base, which its configuration does not name (a local folder)'}"
     lines.append(f"Saved in {trainer.args.output_dir}: {saved}, unlearning_report.json and README.md (the model card)")
-    return "\n".join(lines)
+    return "\n".join([*lines, *release_lines(trainer)])
 
 
 def _certified_lines(values: dict[str, dict[str, Any]]) -> list[str]:

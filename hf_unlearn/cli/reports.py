@@ -60,8 +60,9 @@ def new_report(
     tokenizer: "PreTrainedTokenizerBase",
     sets: dict[str, "Dataset"],
     config: "UnlearnConfig",
+    revision: str | None = None,
 ) -> UnlearningReport:
-    """The report of a model whose making is not on record."""
+    """The report of a model whose making is not on record; `revision` is that of the Hub that it was loaded at."""
     from accelerate import PartialState
 
     from hf_unlearn.data import prepare_dataset
@@ -78,7 +79,7 @@ def new_report(
         logging.disable(logging.NOTSET)
     return UnlearningReport(
         tool_version=__version__,
-        base=describe_model(model, hub_origin(model)),
+        base=describe_model(model, hub_origin(model, revision)),
         method=None,
         data=Data(data["forget"], data.get("retain")),
         environment=describe_environment(config.device, PartialState().num_processes, train_seconds=None),

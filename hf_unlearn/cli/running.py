@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from trl import ModelConfig
 
     from hf_unlearn.base_config import SharedConfig
+    from hf_unlearn.base_trainer import ReportingTrainer
 
 
 # Set for the process that `accelerate launch` starts, whose recipe may still name the configuration
@@ -122,3 +123,10 @@ def probability_lines(evaluations: dict[str, dict[str, dict[str, float]]]) -> li
                 f"{f'  {name} set':<28}{old['probability']:>9.3f}{new['probability']:>9.3f}{new['rows']:>7.0f}"
             )
     return [*lines, ""]
+
+
+def release_lines(trainer: "ReportingTrainer") -> list[str]:
+    """Where the release is, how it is loaded and verified; no line where nothing was pushed."""
+    from .push import as_lines
+
+    return [] if trainer.receipt is None else ["", as_lines(trainer.receipt)]

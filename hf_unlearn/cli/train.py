@@ -35,7 +35,15 @@ from contextlib import redirect_stdout
 from typing import TYPE_CHECKING
 
 from . import UsageError, run
-from .running import LAUNCHED, RunArguments, first_rows, launch, probability_lines, set_model_options
+from .running import (
+    LAUNCHED,
+    RunArguments,
+    first_rows,
+    launch,
+    probability_lines,
+    release_lines,
+    set_model_options,
+)
 
 
 if TYPE_CHECKING:
@@ -151,6 +159,7 @@ def _as_json(trainer: "UnlearnTrainer") -> str:
             "report": os.path.join(trainer.args.output_dir, REPORT_NAME),
             "steps": trainer.state.global_step,
             "metrics": trainer.record.evaluations,
+            "release": None if trainer.receipt is None else trainer.receipt.to_dict(),
         },
         indent=2,
     )
@@ -164,7 +173,7 @@ def _as_table(trainer: "UnlearnTrainer") -> str:
     lines.append(
         f"Saved in {trainer.args.output_dir}: the model, unlearning_report.json and README.md (the model card)"
     )
-    return "\n".join(lines)
+    return "\n".join([*lines, *release_lines(trainer)])
 
 
 if __name__ == "__main__":
