@@ -15,6 +15,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -73,6 +74,7 @@ def run(hub, base, data_dir, tmp_path_factory):
             timeout=200,
         )  # fmt: skip
 
+    call.home = home
     return call
 
 
@@ -118,3 +120,26 @@ def test_what_is_blocked_is_one_line_that_names_the_models_folder(hub, run, tmp_
     assert "go on with `hf-unlearn push " in line and "Traceback" not in result.stderr
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
     assert hub.writes() == [] and "Hsiao" not in str(hub.sent())
+
+
+GUIDE = (Path(__file__).parents[2] / "docs/release.md").read_text(encoding="utf-8")
+SNIPPETS = re.findall(r"```python\n(.*?)```", GUIDE, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("code", SNIPPETS, ids=["trainer", "callback"])
+def test_the_documented_script_releases(hub, base, run, tmp_path, code):
+    """As they are printed, with a model and a repository of these names."""
+    hub.repositories.pop(("models", "org/name"), None)
+    hub.add("models", "org/base", base.read("v1"), lfs=["*.safetensors"])
+    for path in run.home.glob("*.jsonl"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    token = hub.add_user("bob", organizations={"org": "write"})
+    environment = {**os.environ, **hub.environment(tmp_path / "hub", token), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=200
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    repository = hub.repository("org/name")
+    assert repository.private and repository.branches["main"] in done.stdout
+    [tag] = repository.tags
+    assert tag in done.stdout and "model.safetensors" in repository.read(tag)
