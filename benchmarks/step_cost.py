@@ -318,7 +318,9 @@ def expected_flops(case: Case, variant: str) -> int:
 
     depth = HIDDEN_LAYER + 1 if is_rmu else LAYERS
     head_flops = 0 if is_rmu else predicted * head
-    forward = 3 * (tokens * depth * layer + head_flops)
+    # Up to the input of the first trained matrix, the reference is what the policy is: run once for both
+    shared = case.trained_layers[0] * layer + layer - down
+    forward = 3 * (tokens * depth * layer + head_flops) - tokens * shared
     # In the lowest trained layer the gradient of its matrix alone, above it those of activations too. Products with a
     # frozen weight have one of these, the two of the attention have two each.
     above_lowest = depth - 1 - case.trained_layers[0]

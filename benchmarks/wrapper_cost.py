@@ -65,7 +65,7 @@ CASES = {
 }
 
 # By case: where the probe and the noise are, and the layer that an adversary changes
-LAYERS = {"npo + kl, all 8 layers": (6, 4, "4"), "rmu + hidden_mse, 3 of 8 layers": (2, 2, "1")}
+LAYERS = {"npo + kl, all 8 layers": (6, 7, "4"), "rmu + hidden_mse, 3 of 8 layers": (2, 2, "1")}
 
 _SAM = {"sharpness": "sam", "sharpness_radius": 0.01}
 _CONFLICT = {"gradient_conflict": "global"}

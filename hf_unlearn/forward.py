@@ -14,7 +14,7 @@
 """Running a causal LM no further than the losses read: truncated forwards, and a language-model head in chunks."""
 
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from .prefix import Activations
 from .scope import decoder_layers
 
 
@@ -116,6 +117,7 @@ class Decoder:
         hidden_layers: Collection[int],
         last_hidden_state: bool,
         changes: dict[int, Callable[[Tensor], Tensor]] | None = None,
+        activations: Activations | None = None,
     ) -> BackboneOutput:
         """
         Runs all layers when `last_hidden_state` is asked for, else exactly those up to the last of `hidden_layers`.
@@ -126,6 +128,8 @@ class Decoder:
             last_hidden_state (`bool`): return the final hidden states.
             changes (`dict[int, Callable]`, *optional*): by layer, what replaces the residual stream after it,
                 `(B, T, D) -> (B, T, D)`. The layers above read the result, and so does the capture.
+            activations ([`~hf_unlearn.prefix.Activations`], *optional*): what frozen layers made of this batch, which
+                is not computed again; filled where it is empty.
         """
         captured: dict[int, Tensor] = {}
         last_layer = None if last_hidden_state else max(hidden_layers)
@@ -145,20 +149,21 @@ class Decoder:
         # Registered per call and always removed. The hook runs after FSDP2's own (which reshards the layer), because
         # it came later, and outside activation checkpoints, so once: transformers >= 5.23 checkpoints `forward`.
         changes = changes or {}
-        handles = [
-            self.layers[layer].register_forward_hook(hook(layer)) for layer in sorted({*hidden_layers, *changes})
-        ]
         output = None
-        try:
-            # `base_model` is the decoder without the language-model head
-            output = self.model.base_model(
-                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-            )
-        except _StopForward:
-            pass
-        finally:
-            for handle in handles:
-                handle.remove()
+        with nullcontext() if activations is None else activations.shared(self.layers):
+            handles = [
+                self.layers[layer].register_forward_hook(hook(layer)) for layer in sorted({*hidden_layers, *changes})
+            ]
+            try:
+                # `base_model` is the decoder without the language-model head
+                output = self.model.base_model(
+                    input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+                )
+            except _StopForward:
+                pass
+            finally:
+                for handle in handles:
+                    handle.remove()
         return BackboneOutput(
             last_hidden_state=output.last_hidden_state if last_hidden_state else None, hidden_states=captured
         )

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .config import UnlearnConfig
-from .forward import Decoder, gather_predicting, redirect_forward, token_log_probs, token_values
+from .forward import Decoder, evaluation_mode, gather_predicting, redirect_forward, token_log_probs, token_values
 from .losses import (
     FORGET_LOSSES,
     HIDDEN_READS,
@@ -33,6 +33,7 @@ from .losses import (
     STEERING_COEFFICIENTS,
     Loss,
 )
+from .prefix import Activations, Prefix, find_prefix, same_prefix
 from .reference import Reference, SeparateModel, inner_model
 from .robustness.latent_adversary import find_perturbations
 from .robustness.noise import add_noise
@@ -40,7 +41,8 @@ from .robustness.probe import RobustProbe
 from .scope import parse_layers
 
 
-# A padded batch of one set (`DataCollatorForUnlearning`), or the tensors computed from it, by name
+# A padded batch of one set (`DataCollatorForUnlearning`), or the tensors computed from it, by name. A batch may also
+# have `activations`, what frozen layers made of it.
 Tensors = dict[str, Tensor]
 
 UNITS = ("sequence", "token", "later_token", "position")
@@ -78,6 +80,9 @@ class Objective:
         probe ([`~hf_unlearn.robustness.probe.RobustProbe`], *optional*): the frozen probe.
         probe_factor (`torch.Tensor`, *optional*): weight of the probe, where it is relative to the gradients.
         noise_generator (`torch.Generator`, *optional*): draws the noise on the reference; its own on every process.
+        prefixes (`dict[str, Prefix]`): by rows, what of the model no training moves, and is computed once; see
+            [`~hf_unlearn.prefix.Prefix`].
+        is_prefix_of_reference (`bool`): whether the reference is the same there.
     """
 
     def __init__(self, args: UnlearnConfig):
@@ -99,6 +104,8 @@ class Objective:
         self.probe: RobustProbe | None = None
         self.probe_factor: Tensor | None = None
         self.noise_generator: torch.Generator | None = None
+        self.prefixes: dict[str, Prefix] = {}
+        self.is_prefix_of_reference = False
         self._policy: Decoder | None = None
         self._original: Decoder | None = None
 
@@ -232,6 +239,43 @@ class Objective:
         change = self.args.pdu_dual_step_size * (retain_value - self.args.pdu_retain_threshold)
         # A new tensor: the graph of the step's loss holds the old one
         self.retain_multiplier = (self.retain_multiplier + change).clamp(min=0.0)
+
+    def find_prefixes(self, model: PreTrainedModel | PeftModel) -> None:
+        """
+        Finds what is computed once for policy and reference, when both and the probe are there.
+
+        Args:
+            model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): the model before the first step.
+        """
+        with evaluation_mode(model):
+            for rows, names in self.reads.items():
+                # The adversary changes what is forgotten, the noise what the reference makes of what is kept
+                changed = list(self.adversary_radii) if rows != "retain" else []
+                if rows == "retain" and self.args.reference_noise_std > 0:
+                    changed.append(self.noise_layer)
+                lowest = [min(layers, default=None) for layers in (self.layers_of(names), changed)]
+                prefix = find_prefix(inner_model(model), *lowest)
+                if prefix is not None:
+                    self.prefixes[rows] = prefix
+        self.is_prefix_of_reference = self.reference is not None and all(
+            not isinstance(self.reference, SeparateModel)
+            or same_prefix(inner_model(model), inner_model(self.reference.model), prefix)
+            for prefix in self.prefixes.values()
+        )
+
+    def share_activations(self, inputs: dict[str, Tensors]) -> None:
+        """
+        Lets all passes over a micro-batch go on from what frozen layers gave in the first one; in place. Only sets
+        that are run more than once.
+
+        Args:
+            inputs (`dict[str, dict[str, torch.Tensor]]`): one batch per set.
+        """
+        for rows, prefix in self.prefixes.items():
+            has_reference = self.is_prefix_of_reference and bool(self.reads[rows] & REFERENCE_READS)
+            is_repeated = self.args.splits_gradients or bool(self.adversary_radii)
+            if has_reference or (is_repeated and rows != "retain"):
+                inputs[rows]["activations"] = Activations(prefix)
 
     def compute(
         self,
@@ -438,6 +482,7 @@ class Objective:
                 self.layers_of(names),
                 last_hidden_state=bool(names & {"reference_log_probs", "reference_logits"}),
                 changes=self._noise() if rows == "retain" and is_augmented else None,
+                activations=batch.get("activations") if self.is_prefix_of_reference else None,
             )
             tensors = self._hidden_tensors(output.hidden_states, names, prefix="reference_")
             if output.last_hidden_state is not None:
@@ -497,7 +542,13 @@ class Objective:
     ) -> Tensors:
         decoder = self.policy(model)
         reads_tokens = bool(names & {"log_probs", "token_values"})
-        output = decoder.run(batch, self.layers_of(names), last_hidden_state=reads_tokens, changes=changes)
+        output = decoder.run(
+            batch,
+            self.layers_of(names),
+            last_hidden_state=reads_tokens,
+            changes=changes,
+            activations=batch.get("activations"),
+        )
         tensors = {**original, **self._hidden_tensors(output.hidden_states, names)}
         if "probe_log_probs" in names:
             with nullcontext() if rows == "forget" else torch.no_grad():  # on retain rows for the log alone

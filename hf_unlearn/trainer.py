@@ -44,6 +44,7 @@ from .hardening import Generators, check_trained_weights, make_probe, measure_nu
 from .loading import check_model, complete_args, load_model, prepare_tokenizer, set_scope, warn_of_bf16_weights
 from .objective import UNITS, Objective, count_items
 from .pairing import DataCollatorForUnlearning, PairedDataset, PairingSampler
+from .prefix import drop_activations
 from .recording import RunRecord
 from .reference import DisabledAdapter, InitialWeights, SeparateModel, adapter_can_be_disabled, inner_model
 from .refusals import load_refusals
@@ -266,6 +267,9 @@ class UnlearnTrainer(SplitGradientTrainer):
             objective.reference = self._make_reference(ref_model or copied_model, peft_config)
         elif ref_model is not None:
             logger.warning(f"ref_model is not used: no loss among {args.forget_loss + args.retain_loss} reads it.")
+        if not is_sharded and not self._is_partitioned:  # else it cannot run on its own before the first step
+            with self.accelerator.autocast():
+                objective.find_prefixes(self.model)
         self._topics = topics or ["all"]
         if "control_vector" in objective.all_reads:
             coefficient = math.nan if args.steering_coefficient is None else args.steering_coefficient
@@ -300,7 +304,7 @@ class UnlearnTrainer(SplitGradientTrainer):
             return SeparateModel(separate_model)
         if self.args.reference_mode == "auto" and peft_config is not None and adapter_can_be_disabled(peft_config):
             return DisabledAdapter()
-        if self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3:
+        if self._is_partitioned:
             raise ValueError(
                 "The initial weights cannot be swapped in under DeepSpeed ZeRO-3, which partitions them: use a fresh "
                 "peft_config, pass ref_model, or use ZeRO-2."
@@ -308,6 +312,11 @@ class UnlearnTrainer(SplitGradientTrainer):
         reference = InitialWeights(self.model)
         reference.bind(self.model)  # refuses what it cannot swap before the first step
         return reference
+
+    @property
+    def _is_partitioned(self) -> bool:
+        """Whether DeepSpeed ZeRO-3 keeps a part of each weight on each process."""
+        return self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
 
     def _per_topic(self, values: dict[str, Any], default: float) -> Tensor:
         if unknown := set(values) - set(self._topics):
@@ -358,6 +367,8 @@ class UnlearnTrainer(SplitGradientTrainer):
             self._measure_topic(batches)
         if None in self.objective.adversary_radii.values():
             self._measure_radii(batches)
+        for batch in batches:
+            self.objective.share_activations(batch)
         return batches, {name: dict(zip(UNITS, row, strict=True)) for name, row in zip(names, counts, strict=True)}
 
     def _measure_topic(self, batches: list[dict]) -> None:
@@ -410,6 +421,8 @@ class UnlearnTrainer(SplitGradientTrainer):
             return torch.zeros((), device=self.args.device)  # the last micro-batch has the loss of all
         batches, self._micro_batches = self._micro_batches, []
         loss, metrics = self._set_split_gradients(model, batches, num_items)
+        for batch in batches:
+            drop_activations(batch)
         self._keep(loss, metrics, batches[-1], num_items)
         return loss * self.accelerator.num_processes
 
@@ -421,6 +434,7 @@ class UnlearnTrainer(SplitGradientTrainer):
         num_items_in_batch: dict[str, dict[str, Tensor]] | None = None,
     ) -> Tensor:
         loss, metrics = self._compute_objective(model, inputs, num_items_in_batch)
+        drop_activations(inputs)  # the graph holds what the backward needs
         self._keep(loss.detach(), metrics, inputs, num_items_in_batch)
         # Each process normalised by the counts of all, and DDP averages gradients over processes.
         return loss * self.accelerator.num_processes
