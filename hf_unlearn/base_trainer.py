@@ -126,6 +126,12 @@ class ReportingTrainer(Trainer):
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         # The Trainer averages batch means; rows are collected here instead, so that neither the batch size nor the
         # number of processes changes a metric.
+        is_prepared = self.deepspeed is not None or isinstance(self.model, FSDPModule)
+        if (self.is_deepspeed_enabled or self.is_fsdp_enabled) and not is_prepared:
+            raise ValueError(
+                "evaluate() before train() is not supported with FSDP2 and DeepSpeed, which prepare the model when "
+                "training starts: set eval_on_start=True, which measures the same."
+            )
         self._evaluation_rows = []
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         nll, tokens = torch.cat(self._evaluation_rows).double().unbind(-1)

@@ -475,11 +475,6 @@ class UnlearnConfig(SharedConfig):
             )
         if self.weight_averaging_start is not None and self.weight_averaging_start < 1:
             raise ValueError(f"weight_averaging_start={self.weight_averaging_start} must be at least 1.")
-        if self.deepspeed is not None and self.splits_gradients:
-            raise ValueError(
-                "sharpness, gradient_conflict, quantization_margin and probe_weight_ratio need the gradients before "
-                "the optimizer does, which DeepSpeed does not give: remove them, or use DDP or FSDP2."
-            )
 
     def _validate(self) -> None:
         if self.packing:
@@ -547,6 +542,11 @@ class UnlearnConfig(SharedConfig):
             raise ValueError(
                 "activation_checkpointing_kwargs={'use_reentrant': True} is not supported: with several forwards in a "
                 "step its gradients are silently wrong. Remove it, or set it to False."
+            )
+        if (self.activation_checkpointing_kwargs or {}).get("offload") and self.device.type == "cpu":
+            raise ValueError(
+                "activation_checkpointing_kwargs={'offload': True} moves activations to main memory, where a CPU has "
+                "them: remove it."
             )
         if (self.topic_retain_weights or self.topic_steering_coefficients) and self.topic_column is None:
             raise ValueError("topic_retain_weights and topic_steering_coefficients need topic_column.")

@@ -26,7 +26,8 @@ from transformers import PreTrainedModel
 
 from hf_unlearn.cards.report import Footprint, ModuleFootprint
 
-from .reference import InitialWeights, inner_model
+from .engines import count_elements
+from .reference import InitialWeights, inner_model, sharded_like
 
 
 @torch.no_grad()
@@ -105,7 +106,7 @@ def changes_of(
     if not isinstance(model, PeftModel):
         for name, parameter in model.named_parameters():
             if name in initial.values:
-                yield name, initial.values[name].to(parameter.device), parameter.detach()
+                yield name, sharded_like(parameter, initial.values[name]), parameter.detach()
         return
     for name, module in inner_model(model).named_modules():
         if isinstance(module, BaseTunerLayer):
@@ -129,7 +130,7 @@ def count_base_parameters(model: nn.Module) -> int:
         if isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper)):
             names = module.adapter_layer_names
             adapter.update(id(p) for name in names for p in getattr(module, name).parameters())
-    return sum(p.numel() for p in model.parameters() if id(p) not in adapter)
+    return sum(count_elements(p) for p in model.parameters() if id(p) not in adapter)
 
 
 def _compare(before: Tensor, after: Tensor) -> Tensor:
@@ -145,7 +146,7 @@ def _merged_weight(layer: BaseTunerLayer) -> Tensor:
     """The weight that merging the adapter would leave, computed on a copy of this one layer."""
     weight = layer.get_base_layer().weight
     if isinstance(weight, DTensor):  # cannot be copied
-        return weight.full_tensor() + layer.get_delta_weight(layer.active_adapters[0])
+        return weight.full_tensor() + _whole(layer.get_delta_weight(layer.active_adapters[0]))
     layer = copy.deepcopy(layer)
     layer.merge()
     return layer.get_base_layer().weight

@@ -20,8 +20,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from .prefix import Activations
 from .scope import decoder_layers
@@ -182,6 +184,7 @@ class OutputHead:
     """
 
     def __init__(self, model: PreTrainedModel):
+        self.model = model
         self.module = model.get_output_embeddings()
         config = model.config.get_text_config().to_dict()
         # Scale before the softcap. Cohere multiplies, Granite divides, Falcon-H1 multiplies; `check_output_head`
@@ -198,9 +201,9 @@ class OutputHead:
 
     @property
     def is_sharded(self) -> bool:
-        from torch.distributed.tensor import DTensor
-
-        return any(isinstance(parameter, DTensor) for parameter in self.module.parameters())
+        # FSDP2 turns what it shards into an `FSDPModule`; the parameters are whole tensors while it is gathered
+        sharded = isinstance(self.module, FSDPModule) or isinstance(self.model, FSDPModule)
+        return sharded or is_deepspeed_zero3_enabled()
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """`(N, D)` final hidden states to `(N, vocabulary)` fp32 logits."""

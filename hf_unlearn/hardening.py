@@ -100,11 +100,6 @@ def check_trained_weights(model: nn.Module, args: "UnlearnConfig") -> None:
     Raises:
         `ValueError`: naming the fix.
     """
-    if args.latent_adversary_layers is not None and inner_model(model).is_distributed_loading_by_transformers:
-        raise ValueError(
-            "latent_adversary_layers is not supported for sharded models, whose head cannot run twice in one forward: "
-            "remove it, or use DDP."
-        )
     trained = trained_parameters(model).values()
     if args.splits_gradients and any(parameter.dtype != torch.float32 for parameter in trained):
         raise ValueError(

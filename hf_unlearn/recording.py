@@ -47,6 +47,7 @@ from hf_unlearn.cards.report import (
 from hf_unlearn.cards.wrappers import method_name
 
 from ._version import __version__
+from .engines import count_elements, is_partitioned
 from .footprint import changes_of, count_base_parameters, footprint_of
 from .losses import STEERING_COEFFICIENTS
 from .reference import DisabledAdapter, InitialWeights, Reference, inner_model
@@ -182,7 +183,7 @@ class RunRecord(Record):
         self.initial: InitialWeights | None = None
         if isinstance(reference, InitialWeights):
             self.initial = reference
-        elif not self.is_adapter_fresh and _trains_a_part(model):
+        elif not self.is_adapter_fresh and not is_partitioned() and _trains_a_part(model):
             # For the footprint alone: in main memory
             self.initial = InitialWeights(model, device="cpu")
 
@@ -237,11 +238,11 @@ class RunRecord(Record):
         """
         What changed, and by how much, one tensor at a time.
 
-        `None` for full fine-tuning without a reference, which keeps no copy of the start, and for a sharded model with
-        another adapter than LoRA.
+        `None` for full fine-tuning without a reference, which keeps no copy of the start, for a sharded model with
+        another adapter than LoRA, and under DeepSpeed ZeRO-3: `hf-unlearn card build` measures it from the files.
         """
         model = trainer.accelerator.unwrap_model(trainer.model)
-        if not self.is_adapter_fresh and self.initial is None:
+        if is_partitioned() or (not self.is_adapter_fresh and self.initial is None):
             return None
         if isinstance(model, PeftModel) and not isinstance(model.active_peft_config, LoraConfig):
             if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
@@ -339,7 +340,7 @@ def describe_scope(
                 layers = ",".join(str(layer) for layer in ([chosen] if isinstance(chosen, int) else chosen))
     elif trainable_layers is not None or trainable_modules is not None:
         kind, modules, layers = "selected", trainable_modules or [], trainable_layers
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    trained = sum(count_elements(parameter) for parameter in model.parameters() if parameter.requires_grad)
     return Scope(kind=kind, modules=modules, layers=layers, trainable_parameters=trained, rank=rank)
 
 

@@ -125,9 +125,7 @@ class InitialWeights:
         parameters = dict(model.named_parameters())
         self._parameters = [parameters[name] for name in self.values]
         for (name, value), parameter in zip(self.values.items(), self._parameters, strict=True):
-            if isinstance(parameter, DTensor) and value.shape == parameter.shape != parameter.to_local().shape:
-                value = distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
-            self.values[name] = _local(value).to(parameter.device)
+            self.values[name] = sharded_like(parameter, value)
         self._sharded_groups = _fsdp_groups(model, list(self.values))
 
     @contextmanager
@@ -149,7 +147,8 @@ class InitialWeights:
                 shard.copy_(value)
             else:
                 self.values[name] = parameter.data
-                parameter.data = value
+                # DeepSpeed moves and casts the parameters when training starts
+                parameter.data = value.to(parameter.device, parameter.dtype)
         # FSDP2 gathers a layer from its shards when it is next unsharded: drop what was gathered from the old ones.
         for group in self._sharded_groups:
             group.reshard()
@@ -169,6 +168,16 @@ class SeparateModel:
 
 def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def sharded_like(parameter: Tensor, value: Tensor) -> Tensor:
+    """This process's shard of a value that was taken before its parameter was sharded; any other as it is."""
+    if isinstance(parameter, DTensor) and value.shape == parameter.shape != parameter.to_local().shape:
+        # Without a source: every process has the value, and one whose shard is all of it does not come here
+        value = distribute_tensor(
+            value.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
+        )
+    return _local(value).to(parameter.device)
 
 
 def _fsdp_groups(model: nn.Module, names: list[str]) -> list[nn.Module]:

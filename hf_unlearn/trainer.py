@@ -33,12 +33,14 @@ from transformers import (
     set_seed,
 )
 from transformers.trainer_utils import EvalPrediction, TrainOutput
+from trl.models.utils import prepare_deepspeed
 from trl.trainer.utils import disable_dropout_in_model
 
 from .base_trainer import check_pushing, prepare_eval_dataset
 from .checkpoint import load_state, save_state
 from .config import UnlearnConfig
 from .data import count_overlap, prepare_dataset, rows_of_topics, split_sets, topics_of
+from .engines import SHARDED, check_options, engine_of, is_partitioned, options_of
 from .forward import Decoder, check_output_head
 from .hardening import Generators, check_trained_weights, make_probe, measure_null_space, trained_parameters
 from .loading import check_model, complete_args, load_model, prepare_tokenizer, set_scope, warn_of_bf16_weights
@@ -193,16 +195,15 @@ class UnlearnTrainer(SplitGradientTrainer):
             )
         check_model(model, ref_model, peft_config, args)
         tokenizer = prepare_tokenizer(processing_class, model, args)
-        is_sharded = inner_model(model).is_distributed_loading_by_transformers
+        is_sharded = inner_model(model).is_distributed_loading_by_transformers or is_partitioned()
         if (objective.reads_logits or eval_dataset is not None) and not is_sharded:
             check_output_head(inner_model(model))
 
         # Scope
         copied_model = None
         if objective.reads_reference and args.reference_mode == "copy" and ref_model is None:
-            if is_sharded:
-                raise ValueError("reference_mode='copy' cannot copy a sharded model: load a second one as ref_model.")
-            copied_model = copy.deepcopy(model)
+            if not is_sharded:  # refused with the other options below
+                copied_model = copy.deepcopy(model)
         model = set_scope(model, peft_config, objective, args)
         if args.disable_dropout:
             disable_dropout_in_model(model)
@@ -242,6 +243,11 @@ class UnlearnTrainer(SplitGradientTrainer):
 
         self.forget_rows = train_dataset
 
+        engine = engine_of(self)
+        reference_kind = self._reference_kind(ref_model, peft_config) if objective.reads_reference else None
+        check_options(engine, options_of(self, reference_kind))
+        is_sharded = engine in SHARDED
+
         # What makes it hold
         check_trained_weights(self.model, args)
         self.generators = Generators(args, is_sharded)
@@ -264,7 +270,7 @@ class UnlearnTrainer(SplitGradientTrainer):
 
         # Reference and control vectors
         if objective.reads_reference:
-            objective.reference = self._make_reference(ref_model or copied_model, peft_config)
+            objective.reference = self._make_reference(reference_kind, ref_model or copied_model)
         elif ref_model is not None:
             logger.warning(f"ref_model is not used: no loss among {args.forget_loss + args.retain_loss} reads it.")
         if not is_sharded and not self._is_partitioned:  # else it cannot run on its own before the first step
@@ -295,20 +301,26 @@ class UnlearnTrainer(SplitGradientTrainer):
 
     # ---- Construction ----
 
+    def _reference_kind(self, ref_model: PreTrainedModel | None, peft_config: PeftConfig | None) -> str:
+        if ref_model is not None:
+            return SeparateModel.kind
+        if self.args.reference_mode == "copy":
+            return "copy"
+        if self.args.reference_mode == "auto" and peft_config is not None and adapter_can_be_disabled(peft_config):
+            return DisabledAdapter.kind
+        return InitialWeights.kind
+
     def _make_reference(
-        self, separate_model: PreTrainedModel | None, peft_config: PeftConfig | None
+        self, kind: str, separate_model: PreTrainedModel | None
     ) -> DisabledAdapter | InitialWeights | SeparateModel:
         if separate_model is not None:
-            if not inner_model(separate_model).is_distributed_loading_by_transformers:
+            if is_partitioned():
+                separate_model = prepare_deepspeed(separate_model, self.accelerator).module
+            elif not inner_model(separate_model).is_distributed_loading_by_transformers:
                 separate_model = separate_model.to(self.args.device)
             return SeparateModel(separate_model)
-        if self.args.reference_mode == "auto" and peft_config is not None and adapter_can_be_disabled(peft_config):
+        if kind == DisabledAdapter.kind:
             return DisabledAdapter()
-        if self._is_partitioned:
-            raise ValueError(
-                "The initial weights cannot be swapped in under DeepSpeed ZeRO-3, which partitions them: use a fresh "
-                "peft_config, pass ref_model, or use ZeRO-2."
-            )
         reference = InitialWeights(self.model)
         reference.bind(self.model)  # refuses what it cannot swap before the first step
         return reference

@@ -312,7 +312,7 @@ def test_two_processes(tiny_model_path, tofu_rows, tmp_path, how):
         (["--learning_rate", "fast"], "argument --learning_rate/--learning-rate: invalid float value: 'fast'"),
         (["--config"], "--config needs a file"),
         (["--config", "/no/such.yaml"], "The recipe '/no/such.yaml' is neither a file nor one of adaptive_rmu"),
-        (["--accelerate_config", "nope"], "--accelerate_config 'nope' is neither a file nor one of fsdp1"),
+        (["--accelerate_config", "nope"], "--accelerate_config 'nope' is neither a file nor one of cpu_2, ddp, fsdp1"),
         (["--push_to_hub", "true"], "push_to_hub needs hub_model_id: name the repository, as OWNER/NAME"),
         (["--packing", "true"], "packing=True is not supported: forget and retain rows are paired"),
         (["--loss_type", "sigmoid"], "loss_type is not supported: use forget_loss"),

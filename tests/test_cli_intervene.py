@@ -424,7 +424,7 @@ def test_help_lists_every_setting(capsys):
         (["--store", "stochastic"], "load it with dtype='bfloat16', or use store='fp32'"),
         (["--push_to_hub", "true"], "push_to_hub needs hub_model_id: name the repository, as OWNER/NAME"),
         (["--config", "npo_kl_lora_llama-3.2-1b_tofu"], "The recipe has an unknown key `forget_loss`"),
-        (["--accelerate_config", "nope"], "--accelerate_config 'nope' is neither a file nor one of fsdp1"),
+        (["--accelerate_config", "nope"], "--accelerate_config 'nope' is neither a file nor one of cpu_2, ddp, fsdp1"),
         (["--model_name_or_path", "/no/such/model"], "The model '/no/such/model' cannot be loaded"),
     ],
 )

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(
     Version(torch.__version__) < Version("2.8"), reason="transformers loads models into FSDP2 with torch >= 2.8"
 )
 
-WORKER = Path(__file__).parent / "distributed" / "fsdp_worker.py"
+WORKER = Path(__file__).parent / "distributed" / "engines_worker.py"
 
 SELECTED = {"trainable_layers": "1-2", "trainable_modules": ["mlp.down_proj"]}
 NPO = {"forget_loss": ["npo"], "retain_loss": ["kl", "nll"], "learning_rate": 0.02}
@@ -86,14 +86,16 @@ RUNS = {
 REFUSED = [name for name, run in RUNS.items() if run.get("refused")]
 
 
-def specification(folder: Path, data_dir: Path, sharded: bool) -> Path:
+def specification(folder: Path, data_dir: Path, engine: str | None) -> Path:
     folder.mkdir()
-    defaults = {"separate_reference": False, "lora": False, "mixed_precision": False, "refused": False}
-    runs = [{"name": name, **defaults, **options} for name, options in RUNS.items()]
-    if not sharded:
-        runs = [run for run in runs if not run["refused"] and not run["mixed_precision"]]
+    options = ("separate_reference", "lora", "mixed_precision", "probe", "far_retain", "quantized", "saves")
+    runs = [{"name": name, **dict.fromkeys(options, False), **run} for name, run in RUNS.items()]
+    if engine is None:
+        runs = [run for run in runs if run["name"] not in REFUSED and not run["mixed_precision"]]
+    for run in runs:
+        run.pop("refused", None)
     spec = folder / "spec.json"
-    spec.write_text(json.dumps({"runs": runs, "data": str(data_dir), "output": str(folder), "sharded": sharded}))
+    spec.write_text(json.dumps({"runs": runs, "data": str(data_dir), "output": str(folder), "engine": engine}))
     return spec
 
 
@@ -102,7 +104,7 @@ def folders(data_dir, tmp_path_factory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("fsdp")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     for name, launcher in (("one", [sys.executable]), ("two", torchrun)):
-        spec = specification(root / name, data_dir, sharded=name == "two")
+        spec = specification(root / name, data_dir, "FSDP2 at loading" if name == "two" else None)
         result = subprocess.run(
             [*launcher, str(WORKER), str(spec)],
             capture_output=True,
@@ -152,11 +154,12 @@ def test_swapped_reference_equals_a_second_model(folders, precision):
 def test_swap_outside_the_layers_is_refused(folders):
     message = (folders["two"] / "npo, norm.error").read_text()
     assert message == (
-        "The reference of 'model.norm.weight' cannot be swapped in under FSDP2: it is sharded outside the decoder "
-        "layers. Train decoder layers only (trainable_layers), use a fresh peft_config, or pass ref_model."
+        "A reference swapped in, with weights outside the decoder layers trained is not supported with FSDP2 at "
+        "loading: norm, embedding and head are sharded in groups that stay gathered, which a swap would not reach. "
+        "Train decoder layers only (trainable_layers), use a fresh peft_config, or pass ref_model."
     )
 
 
 def test_latent_adversary_on_a_sharded_model_is_refused(folders):
     message = (folders["two"] / "npo, adversary.error").read_text()
-    assert message.startswith("latent_adversary_layers is not supported for sharded models")
+    assert message.startswith("latent_adversary_layers is not supported with FSDP2 at loading: ")

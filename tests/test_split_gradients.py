@@ -469,13 +469,6 @@ def test_what_cannot_work_is_refused_with_the_fix(make, options, message):
         make(**{**PLAIN, **options})
 
 
-def test_deepspeed_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="DeepSpeed"):
-        config = UnlearnConfig(str(tmp_path), use_cpu=True, sharpness="sam")
-        config.deepspeed = {"zero_optimization": {"stage": 2}}
-        config._validate_what_holds()
-
-
 def test_bf16_weights_are_refused_where_moves_would_vanish(make, tiny_model_path):
     with pytest.raises(ValueError, match="float32"):
         make(**PLAIN, sharpness="sam", model_init_kwargs={"dtype": "bfloat16"})

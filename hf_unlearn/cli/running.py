@@ -41,8 +41,8 @@ class RunArguments:
 
     Parameters:
         accelerate_config (`str`, *optional*):
-            An accelerate configuration file, or the name of one that TRL ships (`multi_gpu`, `fsdp2`, `zero2`, ...):
-            the command starts itself again under `accelerate launch`.
+            An accelerate configuration file, or the name of one that is shipped here (`ddp`, `fsdp2`, `zero2`,
+            `zero3`, `cpu_2`) or by TRL (`multi_gpu`, ...): the command starts itself again under `accelerate launch`.
         eval_rows (`int`, *optional*, defaults to `500`):
             At most this many rows of each set are measured before and after; 0 measures nothing.
         json (`bool`, *optional*, defaults to `False`):
@@ -50,7 +50,10 @@ class RunArguments:
     """
 
     accelerate_config: str | None = field(
-        default=None, metadata={"help": "An accelerate configuration file, or the name of one that TRL ships."}
+        default=None,
+        metadata={
+            "help": "An accelerate configuration file, or a name: ddp, fsdp2, zero2, zero3, cpu_2, or one of TRL's."
+        },
     )
     eval_rows: int = field(
         default=500,
@@ -65,7 +68,7 @@ def launch(command: str, accelerate_config: str, argv: list[str]) -> int:
 
     Args:
         command (`str`): its name.
-        accelerate_config (`str`): a file, or the name of one that TRL ships.
+        accelerate_config (`str`): a file, or the name of one that is shipped here or by TRL; ours come first.
         argv (`list[str]`): its arguments.
 
     Returns:
@@ -78,13 +81,18 @@ def launch(command: str, accelerate_config: str, argv: list[str]) -> int:
 
     path = accelerate_config
     if not os.path.isfile(path):
-        shipped = files("trl.accelerate_configs")
-        path = str(shipped / f"{accelerate_config}.yaml")
-        if not os.path.isfile(path):
-            names = sorted(entry.name.removesuffix(".yaml") for entry in shipped.iterdir() if ".yaml" in entry.name)
+        folders = (files("trl.accelerate_configs"), files("hf_unlearn") / "accelerate_configs")
+        shipped = {
+            entry.name.removesuffix(".yaml"): str(entry)
+            for folder in folders
+            for entry in folder.iterdir()
+            if entry.name.endswith(".yaml")
+        }
+        if accelerate_config not in shipped:
             raise UsageError(
-                f"--accelerate_config {accelerate_config!r} is neither a file nor one of {', '.join(names)}."
+                f"--accelerate_config {accelerate_config!r} is neither a file nor one of {', '.join(sorted(shipped))}."
             )
+        path = shipped[accelerate_config]
     words = ["-m", "accelerate.commands.launch", "--config_file", path, "-m", f"hf_unlearn.cli.{command}", *argv]
     return subprocess.run([sys.executable, *words], env={**os.environ, LAUNCHED: "1"}, check=False).returncode
 

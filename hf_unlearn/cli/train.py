@@ -76,7 +76,9 @@ def main(argv: list[str]) -> int:
             trainer = make_trainer(data_args, args, model_args, run_args.eval_rows)
         except (ValueError, OSError, ImportError) as error:
             raise UsageError(str(error)) from error
-        if run_args.eval_rows:
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+            args.eval_on_start = bool(run_args.eval_rows)  # they prepare the model when training starts
+        elif run_args.eval_rows:
             trainer.evaluate()
         resume = args.resume_from_checkpoint
         trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
@@ -167,8 +169,10 @@ def _as_json(trainer: "UnlearnTrainer") -> str:
 
 def _as_table(trainer: "UnlearnTrainer") -> str:
     """What a person wants to know first: how much of each set is left."""
+    from hf_unlearn.engines import count_elements
+
     lines = probability_lines(trainer.record.evaluations)
-    trained = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
+    trained = sum(count_elements(parameter) for parameter in trainer.model.parameters() if parameter.requires_grad)
     lines.append(f"{trainer.state.global_step} steps, {trained:,} trained parameters")
     lines.append(
         f"Saved in {trainer.args.output_dir}: the model, unlearning_report.json and README.md (the model card)"
