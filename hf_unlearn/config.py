@@ -190,8 +190,19 @@ class UnlearnConfig(SharedConfig):
             `peft_config` leaves the base weights alone, else the initial values of the trained tensors, swapped in.
             `"swap"`: always the latter. `"copy"`: a second model.
         precompute_ref_log_probs (`bool`, *optional*, defaults to `False`):
-            TRL's option to compute the reference log-probabilities once. Not supported yet: the reference runs in
-            every step.
+            Whether to compute what the losses read of the reference (log-probabilities, hidden states) once for each
+            row, when it first comes, and to read it from disk from then on: in later epochs, after resuming, in other
+            runs on the same model.
+        reference_cache (`str`, *optional*):
+            Folder of what `precompute_ref_log_probs` keeps. Defaults to `output_dir/reference_cache`.
+
+        > Parameters that control what is kept on disk
+
+        prefix_cache (`str`, *optional*):
+            Folder in which to keep, for each row, what the frozen layers below the first trained module give, so that
+            later epochs and runs skip them. It takes one to some six hidden states per token.
+        cache_size_gb (`float`, *optional*, defaults to `50.0`):
+            What each of the two folders may hold, in 10^9 bytes. A run that would need more is refused.
 
         > Refused, with the replacement named
 
@@ -393,7 +404,20 @@ class UnlearnConfig(SharedConfig):
         },
     )
     precompute_ref_log_probs: bool = field(
-        default=False, metadata={"help": "Not supported yet: the reference runs in every step."}
+        default=False,
+        metadata={"help": "Compute what is read of the reference once for each row, and keep it on disk."},
+    )
+    reference_cache: str | None = field(
+        default=None, metadata={"help": "Folder of what that keeps. Default: output_dir/reference_cache."}
+    )
+
+    # Parameters that control what is kept on disk
+    prefix_cache: str | None = field(
+        default=None,
+        metadata={"help": "Folder for what the frozen layers below the first trained module give for each row."},
+    )
+    cache_size_gb: float = field(
+        default=50.0, metadata={"help": "What each of these folders may hold, in 10^9 bytes."}
     )
 
     # Refused, with the replacement named
@@ -487,10 +511,10 @@ class UnlearnConfig(SharedConfig):
                 "loss_type is not supported: use forget_loss (what to forget: "
                 f"{', '.join(FORGET_LOSSES)}) and retain_loss (what to keep: {', '.join(RETAIN_LOSSES)}, none)."
             )
-        if self.precompute_ref_log_probs:
-            raise ValueError(
-                "precompute_ref_log_probs=True is not supported yet: remove it. The reference needs no second model."
-            )
+        if self.reference_cache is not None and not self.precompute_ref_log_probs:
+            raise ValueError("reference_cache is the folder of precompute_ref_log_probs=True: set that, or remove it.")
+        if not self.cache_size_gb > 0:
+            raise ValueError(f"cache_size_gb={self.cache_size_gb} must be positive.")
         if not self.forget_loss:
             raise ValueError(f"forget_loss is empty: choose from {', '.join(FORGET_LOSSES)}.")
         if not self.retain_loss:

@@ -34,7 +34,7 @@ from .losses import (
     Loss,
 )
 from .prefix import Activations, Prefix, find_prefix, same_prefix
-from .reference import Reference, SeparateModel, inner_model
+from .reference import Reference, SeparateModel, Targets, inner_model
 from .robustness.latent_adversary import find_perturbations
 from .robustness.noise import add_noise
 from .robustness.probe import RobustProbe
@@ -42,7 +42,7 @@ from .scope import parse_layers
 
 
 # A padded batch of one set (`DataCollatorForUnlearning`), or the tensors computed from it, by name. A batch may also
-# have `activations`, what frozen layers made of it.
+# have `activations`, what frozen layers made of it, and `targets`, what the reference gives for it.
 Tensors = dict[str, Tensor]
 
 UNITS = ("sequence", "token", "later_token", "position")
@@ -272,7 +272,8 @@ class Objective:
             inputs (`dict[str, dict[str, torch.Tensor]]`): one batch per set.
         """
         for rows, prefix in self.prefixes.items():
-            has_reference = self.is_prefix_of_reference and bool(self.reads[rows] & REFERENCE_READS)
+            is_read = bool(self.reads[rows] & REFERENCE_READS) and not _is_loaded(inputs[rows])
+            has_reference = self.is_prefix_of_reference and is_read
             is_repeated = self.args.splits_gradients or bool(self.adversary_radii)
             if has_reference or (is_repeated and rows != "retain"):
                 inputs[rows]["activations"] = Activations(prefix)
@@ -459,6 +460,67 @@ class Objective:
         reads = {rows: names & REFERENCE_READS for rows, names in self.reads_of(groups or self.terms).items()}
         if self.reference is None or not any(reads.values()):
             return {}
+        computed = {rows: names for rows, names in reads.items() if names and not _is_loaded(inputs[rows])}
+        outputs = self._compute_reference(model, inputs, computed, is_augmented) if computed else {}
+        for rows, names in reads.items():
+            if names and "targets" in inputs[rows]:
+                outputs[rows] = self._target_tensors(model, inputs[rows]["targets"], rows, outputs, is_augmented)
+        return outputs
+
+    def _target_tensors(
+        self,
+        model: nn.Module,
+        targets: Targets,
+        rows: str,
+        outputs: dict[str, Tensors],
+        is_augmented: bool,
+    ) -> Tensors:
+        """What is on disk, or will be, with fresh noise."""
+        if targets.is_loaded:
+            own = self.reference.model if isinstance(self.reference, SeparateModel) else model
+            self._bind_original(inner_model(own))  # its head
+        else:
+            targets.tensors.update(outputs[rows])
+        tensors = dict(targets.tensors)
+        if rows == "retain" and is_augmented and self.args.reference_noise_std > 0:
+            hidden = tensors["reference_hidden_states"]
+            tensors["reference_hidden_states"] = self._noise()[self.noise_layer](hidden)
+        return tensors
+
+    def check_targets(self, decoder: Decoder) -> None:
+        """
+        Refuses to keep what the reference gives where that would be another thing in every step, or too large.
+
+        Args:
+            decoder ([`~hf_unlearn.forward.Decoder`]): the policy.
+
+        Raises:
+            `ValueError`: naming the fix.
+        """
+        if not self.reads_reference:
+            raise ValueError(
+                "precompute_ref_log_probs=True keeps what the reference gives, and no loss among "
+                f"{', '.join(self.args.forget_loss + self.args.retain_loss)} reads one: remove it."
+            )
+        if "reference_logits" in self.all_reads and (
+            decoder.head.is_trained and not isinstance(self.reference, SeparateModel)
+        ):
+            raise ValueError(
+                "precompute_ref_log_probs=True would keep whole distributions of the reference, because the head is "
+                "trained: freeze the head, choose logprob_mse instead of kl, or remove it."
+            )
+        if self.args.reference_noise_std > 0:
+            read = self.reads["retain"] & REFERENCE_READS
+            if read != {"reference_hidden_states"} or self.noise_layer != self.args.hidden_layer:
+                raise ValueError(
+                    "precompute_ref_log_probs=True cannot keep targets that come out of reference_noise_std below "
+                    "them, as the noise is another one in every step: use hidden_mse alone with reference_noise_layer "
+                    "equal to hidden_layer, or remove one of the two."
+                )
+
+    def _compute_reference(
+        self, model: nn.Module, inputs: dict[str, Tensors], reads: dict[str, set[str]], is_augmented: bool
+    ) -> dict[str, Tensors]:
         if isinstance(self.reference, SeparateModel):
             original = self.reference.model  # never in training mode
             return redirect_forward(
@@ -467,21 +529,23 @@ class Objective:
         with self.reference.active(model) as original, self._without_dropout(original):
             return self._run_reference(original, inputs, reads, is_augmented)
 
+    def _bind_original(self, original: PreTrainedModel) -> Decoder:
+        if self._original is None or self._original.model is not original:
+            self._original = Decoder(original)
+        return self._original
+
     def _run_reference(
         self, original: PreTrainedModel, inputs: dict[str, Tensors], reads: dict[str, set[str]], is_augmented: bool
     ) -> dict[str, Tensors]:
-        if self._original is None or self._original.model is not original:
-            self._original = Decoder(original)
-        decoder, outputs = self._original, {}
+        decoder, outputs = self._bind_original(original), {}
         for rows, names in reads.items():
-            if not names:
-                continue
             batch = inputs[rows]
+            is_noisy = rows == "retain" and is_augmented and "targets" not in batch
             output = decoder.run(
                 batch,
                 self.layers_of(names),
                 last_hidden_state=bool(names & {"reference_log_probs", "reference_logits"}),
-                changes=self._noise() if rows == "retain" and is_augmented else None,
+                changes=self._noise() if is_noisy else None,
                 activations=batch.get("activations") if self.is_prefix_of_reference else None,
             )
             tensors = self._hidden_tensors(output.hidden_states, names, prefix="reference_")
@@ -643,6 +707,10 @@ def _terms(names: list[str], table: dict[str, Loss], weights: list[float] | None
 
 def _rows_of(term: Term, group: str) -> str:
     return group if group == "retain" else term.loss.rows
+
+
+def _is_loaded(batch: Tensors) -> bool:
+    return "targets" in batch and batch["targets"].is_loaded
 
 
 def _adder(change: Tensor) -> Callable[[Tensor], Tensor]:

@@ -25,6 +25,7 @@ from torch.utils.data import Sampler
 from transformers.data.data_collator import DataCollatorMixin
 
 from .data import IGNORE_INDEX
+from .row_cache import row_key
 
 
 class PairedDataset(torch.utils.data.Dataset):
@@ -187,6 +188,8 @@ class DataCollatorForUnlearning(DataCollatorMixin):
 
     Args:
         pad_token_id (`int`): token that fills `input_ids`; any will do.
+        has_row_keys (`bool`, *optional*, defaults to `False`): also give `row_keys`, what each row is called in a
+            cache: a list of [`~hf_unlearn.row_cache.RowKey`].
 
     Example:
 
@@ -202,6 +205,7 @@ class DataCollatorForUnlearning(DataCollatorMixin):
     """
 
     pad_token_id: int
+    has_row_keys: bool = False
     return_tensors: str = "pt"
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -230,6 +234,8 @@ class DataCollatorForUnlearning(DataCollatorMixin):
             "labels": labels,
             "label_index": counted.flatten().nonzero().squeeze(1),
         }
+        if self.has_row_keys:
+            batch["row_keys"] = [row_key(row["input_ids"], row["labels"]) for row in rows]
         if "topic" in rows[0]:
             batch["topic"] = torch.tensor(rows[0]["topic"])
         return batch

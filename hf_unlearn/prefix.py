@@ -76,10 +76,12 @@ class Activations:
     Attributes:
         prefix ([`Prefix`]): the frozen part.
         tensors (`dict[str, torch.Tensor]`): by key of the prefix, `(B, T, ...)`, without gradient.
+        missing (`list[int]`): with a cache, rows of the batch that are not on disk.
     """
 
     prefix: Prefix
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    missing: list[int] = field(default_factory=list)
 
     @property
     def is_complete(self) -> bool:
@@ -135,8 +137,9 @@ class Activations:
 def drop_activations(inputs: dict[str, dict[str, Any]]) -> None:
     """Frees what was left behind with a micro-batch: `inputs` holds one batch per set."""
     for batch in inputs.values():
-        if "activations" in batch:
-            batch.pop("activations").tensors.clear()  # the data loader's own batch holds the same object
+        for name in ("activations", "targets"):
+            if name in batch:
+                batch.pop(name).tensors.clear()  # the data loader's own batch holds the same object
 
 
 @torch.no_grad()

@@ -166,6 +166,25 @@ class SeparateModel:
         self.model = model.eval().requires_grad_(False)
 
 
+class Targets:
+    """
+    What the reference gives for one batch, without noise. Travels with the batch as `batch["targets"]`: an object,
+    which DDP hands on as it is, where it copies dicts.
+
+    Attributes:
+        tensors (`dict[str, torch.Tensor]`): empty until the reference has run, unless they were read from disk.
+        missing (`list[int]`): rows of the batch that are not on disk.
+    """
+
+    def __init__(self, tensors: dict[str, Tensor], missing: list[int]):
+        self.tensors = tensors
+        self.missing = missing
+
+    @property
+    def is_loaded(self) -> bool:
+        return not self.missing
+
+
 def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 

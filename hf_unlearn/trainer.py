@@ -49,6 +49,7 @@ from .pairing import DataCollatorForUnlearning, PairedDataset, PairingSampler
 from .prefix import drop_activations
 from .recording import RunRecord
 from .reference import DisabledAdapter, InitialWeights, SeparateModel, adapter_can_be_disabled, inner_model
+from .reference_cache import StepCaches
 from .refusals import load_refusals
 from .robustness.averaging import WeightAverage
 from .robustness.null_space import RetainNullSpace
@@ -289,6 +290,7 @@ class UnlearnTrainer(SplitGradientTrainer):
         if args.topic_retain_weights is not None:
             objective.topic_retain_weights = self._per_topic(args.topic_retain_weights, 1.0)
         self.objective = objective
+        self.caches = self._make_caches(is_sharded)
 
         # Sums on the device since the last log, and whether every loss was finite; read when logging only
         self._metrics: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=args.device))
@@ -324,6 +326,19 @@ class UnlearnTrainer(SplitGradientTrainer):
         reference = InitialWeights(self.model)
         reference.bind(self.model)  # refuses what it cannot swap before the first step
         return reference
+
+    def _make_caches(self, is_sharded: bool) -> StepCaches | None:
+        args = self.args
+        if not args.precompute_ref_log_probs and args.prefix_cache is None:
+            return None
+        if is_sharded or self._is_partitioned or self.is_fsdp_enabled:
+            raise ValueError(
+                "precompute_ref_log_probs and prefix_cache are not supported for sharded models: one process would "
+                "wait for another that reads from disk what it computes. Remove them, or use DDP."
+            )
+        if args.precompute_ref_log_probs:
+            self.objective.check_targets(self.objective.policy(self.model))
+        return StepCaches(self)
 
     @property
     def _is_partitioned(self) -> bool:
@@ -379,8 +394,6 @@ class UnlearnTrainer(SplitGradientTrainer):
             self._measure_topic(batches)
         if None in self.objective.adversary_radii.values():
             self._measure_radii(batches)
-        for batch in batches:
-            self.objective.share_activations(batch)
         return batches, {name: dict(zip(UNITS, row, strict=True)) for name, row in zip(names, counts, strict=True)}
 
     def _measure_topic(self, batches: list[dict]) -> None:
@@ -415,6 +428,11 @@ class UnlearnTrainer(SplitGradientTrainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, dict[str, Tensor]], num_items_in_batch: Any = None
     ) -> Tensor:
+        if self.caches is not None:
+            self.caches.load_targets(inputs)
+        self.objective.share_activations(inputs)
+        if self.caches is not None:
+            self.caches.load_activations(inputs)
         if self.args.splits_gradients:
             loss = self._split_training_step(model, inputs, num_items_in_batch)
         else:
@@ -434,7 +452,7 @@ class UnlearnTrainer(SplitGradientTrainer):
         batches, self._micro_batches = self._micro_batches, []
         loss, metrics = self._set_split_gradients(model, batches, num_items)
         for batch in batches:
-            drop_activations(batch)
+            self._store(batch)
         self._keep(loss, metrics, batches[-1], num_items)
         return loss * self.accelerator.num_processes
 
@@ -446,10 +464,16 @@ class UnlearnTrainer(SplitGradientTrainer):
         num_items_in_batch: dict[str, dict[str, Tensor]] | None = None,
     ) -> Tensor:
         loss, metrics = self._compute_objective(model, inputs, num_items_in_batch)
-        drop_activations(inputs)  # the graph holds what the backward needs
+        self._store(inputs)  # the graph holds what the backward needs
         self._keep(loss.detach(), metrics, inputs, num_items_in_batch)
         # Each process normalised by the counts of all, and DDP averages gradients over processes.
         return loss * self.accelerator.num_processes
+
+    def _store(self, inputs: dict[str, dict[str, Tensor]]) -> None:
+        """Writes what is new to the caches, and frees what passes have left behind for each other."""
+        if self.caches is not None:
+            self.caches.store(inputs)
+        drop_activations(inputs)
 
     def _keep(
         self,
@@ -515,7 +539,10 @@ class UnlearnTrainer(SplitGradientTrainer):
         if self._last_batch is not None:
             self.model_wrapped.eval()  # dropout would draw random numbers
             # Without the noise of training: a checkpoint must not change what is drawn after it
+            if self.caches is not None:
+                self.caches.load_targets(self._last_batch[0])
             loss, _ = self._compute_objective(self.model_wrapped, *self._last_batch, is_augmented=False)
+            drop_activations(self._last_batch[0])
             self.model_wrapped.train()
             self._is_finite &= loss.isfinite()
         self._require_finite()
@@ -525,6 +552,8 @@ class UnlearnTrainer(SplitGradientTrainer):
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         if self.null_space is not None:
             measure_null_space(self, self.null_space)
+        if self.caches is not None:
+            self.caches.require_room(self)
         result = super().train(*args, **kwargs)
         if self.weight_average is not None:
             self.weight_average.apply(trained_parameters(self.model))

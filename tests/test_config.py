@@ -140,7 +140,8 @@ def test_a_list_of_losses_is_not_shared_between_configurations(config):
         # What TRL and transformers have and this trainer does not: the replacement, or to remove it
         ({"packing": True}, "split_long_texts=True"),
         ({"loss_type": "dpo"}, "use forget_loss"),
-        ({"precompute_ref_log_probs": True}, "remove it"),
+        ({"reference_cache": "folder"}, "precompute_ref_log_probs=True"),
+        ({"cache_size_gb": 0}, "must be positive"),
         ({"label_smoothing_factor": 0.1}, "Remove it"),
         ({"neftune_noise_alpha": 5.0}, "Remove it"),
         ({"torch_compile": True}, "Remove it"),
