@@ -56,10 +56,11 @@ class Estimate:
             attention; nothing else is counted.
         memory (`dict[str, int]`): bytes at the peak, by owner: `frozen weights`, `trained weights`, `reference`,
             `gradients` (and what is computed from them), `optimizer`, `activations`, `logits`, `wrappers` (averaged or
-            rounded weights, null space), `gradient buckets` of DDP.
+            rounded weights, null space), `gradient buckets` of DDP, `caches` (what a step reads from disk).
         trained_parameters (`int`): number of trained values.
         parameters (`int`): number of all.
         tokens (`int`): of all rows of a step, padding included.
+        cached_reference (`bool`): whether what the reference gives is read from disk, as from the second epoch on.
         prefix_shared (`dict[str, int]`): by rows, the frozen layers that run once for all passes over them.
     """
 
@@ -68,6 +69,7 @@ class Estimate:
     trained_parameters: int
     parameters: int
     tokens: int
+    cached_reference: bool
     prefix_shared: dict[str, int]
 
     @property
@@ -148,9 +150,8 @@ def estimate_step(config: PreTrainedConfig, args: UnlearnConfig, options: ModelO
 
 def _require_known(args: UnlearnConfig) -> None:
     if args.optim not in _OPTIMIZERS:
-        raise ValueError(
-            f"The memory of the optimizer {OptimizerNames(args.optim).value} is not known here: estimate with {' or '.join(_OPTIMIZERS)}."
-        )
+        name, known = OptimizerNames(args.optim).value, " or ".join(_OPTIMIZERS)
+        raise ValueError(f"The memory of the optimizer {name} is not known here: estimate with {known}.")
     if args.fsdp or args.deepspeed is not None:
         raise ValueError(
             "Sharded training (fsdp, deepspeed) is not known here, only DDP, where every process holds the whole "
@@ -246,6 +247,7 @@ def _trace(config: PreTrainedConfig, args: UnlearnConfig, options: ModelOptions)
         if options.processes > 1:  # DDP reduces gradients in buckets of their own
             kept += _allocate(tracer, "gradient buckets", trained, 1)
         num_items = {name: {unit: torch.ones((), device=args.device) for unit in UNITS} for name in batches[0]}
+        run.load_caches(batches)
         tracer.start()
         run.run_step(batches, num_items, update=lambda: _allocate(tracer, "optimizer", trained, copies))
         del kept
@@ -255,6 +257,7 @@ def _trace(config: PreTrainedConfig, args: UnlearnConfig, options: ModelOptions)
         trained_parameters=sum(parameter.numel() for parameter in trained.values()),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         tokens=sum(batch["input_ids"].numel() for batches_of_set in batches for batch in batches_of_set.values()),
+        cached_reference=args.precompute_ref_log_probs,
         prefix_shared={rows: prefix.depth for rows, prefix in objective.prefixes.items()},
     )
 

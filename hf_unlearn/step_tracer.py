@@ -31,8 +31,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from .config import UnlearnConfig
+from .losses import REFERENCE_READS
 from .objective import Objective
-from .prefix import drop_activations
+from .prefix import Activations, drop_activations
+from .reference import Targets
 from .robustness.null_space import RetainNullSpace
 from .robustness.quantization import RoundedWeights
 from .robustness.trained_matrices import trained_linears
@@ -273,6 +275,39 @@ class DryRun(SplitGradientTrainer):
             with tracer.owner("wrappers"):
                 self.null_space = _NullSpace(model, args.retain_null_space)
 
+    @torch.no_grad()
+    def load_caches(self, batches: list[Batch]) -> None:
+        """
+        Gives the micro-batches what a step reads from disk, where the run has caches: as from the second epoch on.
+
+        Args:
+            batches (`list[dict]`): micro-batches; in place.
+
+        Raises:
+            `ValueError`: what is asked for cannot be kept.
+        """
+        objective, model = self.objective, self.traced_model
+        if self.args.precompute_ref_log_probs:
+            objective.check_targets(objective.policy(model))
+        with self.tracer.owner("caches"):
+            for inputs in batches:
+                if self.args.precompute_ref_log_probs:
+                    self._load_targets(inputs)
+                if self.args.prefix_cache is not None:
+                    for rows, prefix in objective.prefixes.items():
+                        activations = Activations(prefix)
+                        with self.accelerator.autocast():
+                            objective.policy(model).run(inputs[rows], [], True, activations=activations)
+                        inputs[rows]["activations"] = activations
+
+    def _load_targets(self, inputs: Batch) -> None:
+        read = [rows for rows, names in self.objective.reads.items() if names & REFERENCE_READS]
+        for rows in read:
+            inputs[rows]["targets"] = Targets({}, missing=[0])  # computed, and left there
+        self._read_reference(self.traced_model, inputs, tuple(self.objective.terms))
+        for rows in read:
+            inputs[rows]["targets"] = Targets(inputs[rows]["targets"].tensors, missing=[])
+
     def run_step(self, batches: list[Batch], num_items: Batch, update: Callable[[], None]) -> None:
         """
         Everything from the first forward to the optimizer's update.
@@ -288,7 +323,8 @@ class DryRun(SplitGradientTrainer):
         for parameter in parameters:
             parameter.register_post_accumulate_grad_hook(lambda each: self.tracer.assign(each.grad, "gradients"))
         for inputs in batches:
-            self.objective.share_activations(inputs)
+            if self.args.prefix_cache is None:
+                self.objective.share_activations(inputs)
         if self.args.splits_gradients:
             with self.tracer.owner("gradients"):
                 self._set_split_gradients(model, batches, num_items)

@@ -139,6 +139,17 @@ def test_flops_of_one_matrix_and_a_reference() -> None:
     assert result.prefix_shared == {"forget": 2}
 
 
+def test_what_is_read_from_disk_is_not_computed() -> None:
+    run = {"forget_loss": ["npo"], "trainable_layers": "2", "trainable_modules": ["mlp.down_proj"]}
+    result = estimate(**run, precompute_ref_log_probs=True, prefix_cache="cache")
+    assert result.cached_reference
+    assert "reference" not in result.flops
+    assert result.flops["forward"] == TOKENS * DOWN + 2 * PREDICTED * HEAD
+    # Log-probabilities; and of the layer that is trained, its attention's result and the input of its matrix
+    per_token = 4 * (1 + WIDTH + WIDTH + INTERMEDIATE)
+    assert result.memory["caches"] == TOKENS * per_token
+
+
 def test_memory_that_stays() -> None:
     result = estimate(forget_loss=["npo"], trainable_layers="2", trainable_modules=["mlp.down_proj"])
     matrix = WIDTH * INTERMEDIATE

@@ -325,6 +325,7 @@ def _report(
         "processes": options.processes,
         "tokens_per_process": estimate.tokens,
         "length": args.max_length,
+        "cached_reference": estimate.cached_reference,
         "prefix_shared": estimate.prefix_shared,
         "flops": {**estimate.flops, "total": estimate.total_flops},
         "memory_bytes": {**estimate.memory, "total": estimate.peak_bytes},
