@@ -200,7 +200,7 @@ def test_one_process_or_a_refusal(folders, engine, name):
         assert torch.equal(actual[f"start/{key}"], start), key
         moved = (end - start).norm()
         assert moved > 1e-5 * start.norm(), key
-        assert (actual[f"end/{key}"] - end).norm() <= 2e-4 * moved + 1e-7 * start.norm(), key
+        assert (actual[f"end/{key}"] - end).norm() <= 5e-4 * moved + 1e-7 * start.norm(), key
     for mine, theirs in zip(actual_record["log"], expected_record["log"], strict=True):
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-4, abs=1e-6)
     assert actual_record["evaluations"] == pytest.approx(expected_record["evaluations"], rel=1e-4)
