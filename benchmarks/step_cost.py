@@ -31,9 +31,9 @@ import statistics
 import tempfile
 import time
 import weakref
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -54,6 +54,7 @@ from hf_unlearn import UnlearnConfig, UnlearnTrainer
 
 
 LAYERS, HIDDEN, INTERMEDIATE, HEADS, VOCABULARY = 8, 256, 688, 8, 4096
+GROUP = 1  # query heads that share keys and values
 ROWS, LENGTH = 4, 128  # of each set; every token is labelled
 LEARNING_RATE, ADAM_EPSILON = 5e-5, 1e-6
 HIDDEN_LAYER, STEERING_COEFFICIENT, RETAIN_WEIGHT = 2, 6.5, 1200.0
@@ -71,6 +72,28 @@ class Case:
     layers: str
     settings: dict[str, Any]
     bounds: dict[str, float]  # ours / naive, at most
+    shape: dict[str, int] = field(default_factory=dict)  # of the model and the rows, where it is another one
+    cache_bounds: dict[str, float] = field(default_factory=dict)  # FLOPs with what is read from disk / naive
+
+    @contextmanager
+    def shaped(self) -> Iterator[None]:
+        """In this context models and rows have the case's shape."""
+        original = {name: globals()[name] for name in self.shape}
+        globals().update(self.shape)
+        try:
+            yield
+        finally:
+            globals().update(original)
+
+    def bounds_of(self, variant: str) -> dict[str, float]:
+        if variant == "ours":
+            return self.bounds
+        return {"flops": self.cache_bounds[variant]} if variant in self.cache_bounds else {}
+
+    @property
+    def reference_sets(self) -> int:
+        """How many of the two sets are read by the reference."""
+        return 1 + (self.settings["forget_loss"] == ["npo"] and self.settings["retain_loss"] == ["kl"])
 
     @property
     def trained_layers(self) -> list[int]:
@@ -97,6 +120,36 @@ CASES = {
     ),
 }
 
+# Zephyr-7B (hidden size 4096, intermediate size 14336, 4 query heads for each of keys and values, vocabulary 32000,
+# rows of 512 tokens) with every size divided by 32: each product's share of the FLOPs is what it is there.
+DEEP_SHAPE = {
+    "LAYERS": 32,
+    "HIDDEN": 128,
+    "INTERMEDIATE": 448,
+    "HEADS": 4,
+    "GROUP": 4,
+    "VOCABULARY": 1000,
+    "LENGTH": 16,
+    "HIDDEN_LAYER": 7,
+}
+DEEP_CASES = {
+    "rmu, layer 7 of 32": Case(
+        layers="5-7",
+        settings={**CASES["rmu"].settings, "hidden_layer": 7},
+        bounds={"flops": 0.19, "peak_bytes": 0.36},
+        shape=DEEP_SHAPE,
+        cache_bounds={"ours, prefix cached": 0.10, "ours, all cached": 0.08},
+    ),
+    "npo + kl, 32 layers": Case(
+        layers="5-7",
+        settings={"forget_loss": ["npo"], "retain_loss": ["kl"], "beta": BETA},
+        bounds={"flops": 0.75},
+        shape=DEEP_SHAPE,
+        cache_bounds={"ours, all cached": 0.55},
+    ),
+}
+ALL_CASES = {**CASES, **DEEP_CASES}
+
 
 # ---- The two steps ----
 
@@ -108,7 +161,7 @@ def make_model(seed: int) -> LlamaForCausalLM:
         hidden_size=HIDDEN,
         intermediate_size=INTERMEDIATE,
         num_attention_heads=HEADS,
-        num_key_value_heads=HEADS,
+        num_key_value_heads=HEADS // GROUP,
         vocab_size=VOCABULARY,
         pad_token_id=0,
         max_position_embeddings=LENGTH,
@@ -141,7 +194,22 @@ def move_from_reference(matrices: dict[str, nn.Parameter], seed: int) -> None:
 class OurStep:
     """A step of `UnlearnTrainer`: what `Trainer.train` does with one batch."""
 
-    def __init__(self, case: Case, seed: int, device: str, activation_checkpointing: bool = False):
+    def __init__(
+        self,
+        case: Case,
+        seed: int,
+        device: str,
+        activation_checkpointing: bool = False,
+        caches: Sequence[str] = (),
+    ):
+        self._caches = tempfile.TemporaryDirectory()
+        settings: dict[str, Any] = {}
+        if "prefix" in caches:
+            settings["prefix_cache"] = os.path.join(self._caches.name, "prefix")
+        if "reference" in caches:
+            settings["reference_cache"] = os.path.join(self._caches.name, "reference")
+            settings["precompute_ref_log_probs"] = True
+        case = replace(case, settings={**case.settings, **settings})
         with tempfile.TemporaryDirectory() as folder:
             self.trainer = _make_trainer(case, seed, device, activation_checkpointing, folder)
             self.matrices = trained_matrices(self.trainer.model, case)
@@ -214,6 +282,7 @@ class NaiveStep:
         self.model = make_model(seed).to(device)
         self.reference = copy.deepcopy(self.model)
         self.compute_loss = _naive_rmu if "rmu" in case.settings["forget_loss"] else _naive_npo
+        self.has_kl = case.settings["retain_loss"] == ["kl"]
         self.batches = {
             name: {"input_ids": rows.to(device), "attention_mask": torch.ones_like(rows).to(device)}
             for name, rows in make_rows(seed).items()
@@ -262,7 +331,12 @@ def _naive_npo(step: NaiveStep) -> Tensor:
     # The scripts sum over tokens first, and lose digits: 1e-4 of the 1000 nats of a row, 5e-6 of the gradient.
     log_ratio = (reference_losses - losses).sum(-1)
     forget_loss = -F.logsigmoid(-BETA * log_ratio).mean() * 2 / BETA
-    return forget_loss + step.model(**retain, labels=retain["input_ids"], use_cache=False).loss
+    if not step.has_kl:
+        return forget_loss + step.model(**retain, labels=retain["input_ids"], use_cache=False).loss
+    with torch.no_grad():
+        target = step.reference(**retain, use_cache=False).logits[:, :-1].log_softmax(-1)
+    log_probs = step.model(**retain, use_cache=False).logits[:, :-1].log_softmax(-1)
+    return forget_loss + (target.exp() * (target - log_probs)).sum(-1).mean()
 
 
 Step = OurStep | NaiveStep
@@ -272,6 +346,9 @@ VARIANTS: dict[str, Callable[[Case, int, str], Step]] = {
     "ours": OurStep,
     # The naive scripts keep all activations; so does "ours" above.
     "ours, checkpointed": lambda *args: OurStep(*args, activation_checkpointing=True),
+    # From the second time on that a row comes
+    "ours, prefix cached": lambda *args: OurStep(*args, caches=["prefix"]),
+    "ours, all cached": lambda *args: OurStep(*args, caches=["prefix", "reference"]),
 }
 
 
@@ -306,13 +383,14 @@ def expected_flops(case: Case, variant: str) -> int:
     tokens, predicted = ROWS * LENGTH, ROWS * (LENGTH - 1)
     down = 2 * HIDDEN * INTERMEDIATE  # per token, as all below
     attention = 4 * LENGTH * HIDDEN  # scores and their product with the values, masked positions too
-    layer = 8 * HIDDEN**2 + 3 * down + attention  # q, k, v, o; gate, up, down
+    layer = (4 + 4 // GROUP) * HIDDEN**2 + 3 * down + attention  # q and o, k and v; gate, up, down
     head = 2 * HIDDEN * VOCABULARY
     is_rmu = "rmu" in case.settings["forget_loss"]
+    references = case.reference_sets
 
     if variant == "naive":
-        # Three forwards: both sets, and one of them through the reference. Two gradients for each product.
-        forward = 3 * tokens * (LAYERS * layer + head)
+        # Both sets, and one or both through the reference. Two gradients for each product.
+        forward = (2 + references) * tokens * (LAYERS * layer + head)
         below_loss = (HIDDEN_LAYER + 1) * layer if is_rmu else LAYERS * layer + head
         return forward + 2 * tokens * 2 * below_loss
 
@@ -320,13 +398,19 @@ def expected_flops(case: Case, variant: str) -> int:
     head_flops = 0 if is_rmu else predicted * head
     # Up to the input of the first trained matrix, the reference is what the policy is: run once for both
     shared = case.trained_layers[0] * layer + layer - down
-    forward = 3 * (tokens * depth * layer + head_flops) - tokens * shared
+    passes = 2 + references
+    if variant == "ours, all cached":
+        passes = 2
+    forward = tokens * (passes * (depth * layer - shared) + (0 if "cached" in variant else 2) * shared)
+    forward += passes * head_flops
+    if variant == "ours, all cached" and references == 2:
+        forward += head_flops  # of KL, states are kept and not whole distributions
     # In the lowest trained layer the gradient of its matrix alone, above it those of activations too. Products with a
     # frozen weight have one of these, the two of the attention have two each.
     above_lowest = depth - 1 - case.trained_layers[0]
     trained = len(case.trained_layers)
     backward = 2 * (tokens * (trained * down + above_lowest * (layer + attention)) + head_flops)
-    if variant == "ours":
+    if variant != "ours, checkpointed":
         return forward + backward
     # Layers with something to differentiate are run again up to the input of `down_proj`, their last saved tensor.
     return forward + backward + 2 * tokens * (depth - case.trained_layers[0]) * (layer - down)
@@ -456,6 +540,13 @@ def measure_case(
     case: Case, seed: int, device: str, repeats: int, variants: Sequence[str] = tuple(VARIANTS)
 ) -> dict[str, dict[str, Any]]:
     """Everything about one case, by variant, the naive one among them. With `repeats=0` no times."""
+    with case.shaped():
+        return _measure_case(case, seed, device, repeats, variants)
+
+
+def _measure_case(
+    case: Case, seed: int, device: str, repeats: int, variants: Sequence[str]
+) -> dict[str, dict[str, Any]]:
     peaks = {name: measure_peak_bytes(name, case, seed, device) for name in variants}
     steps = {name: VARIANTS[name](case, seed, device) for name in variants}
     differences = {name: relative_differences(step, steps["naive"]) for name, step in steps.items()}
@@ -496,10 +587,10 @@ def format_table(cases: dict[str, dict[str, dict[str, Any]]]) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for case_name, results in cases.items():
-        bounds = CASES[case_name].bounds
         for name, result in results.items():
+            bounds = ALL_CASES[case_name].bounds_of(name)
             ratios = {
-                key: f"{ratio:.3f}" + (f" (≤ {bounds[key]})" if name == "ours" and key in bounds else "")
+                key: f"{ratio:.3f}" + (f" (≤ {bounds[key]})" if key in bounds else "")
                 for key, ratio in result["ratio"].items()
             }
             rows.append(
@@ -522,7 +613,9 @@ def main() -> None:
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no CUDA device")
 
-    cases = {name: measure_case(case, options.seed, options.device, options.repeats) for name, case in CASES.items()}
+    cases = {
+        name: measure_case(case, options.seed, options.device, options.repeats) for name, case in ALL_CASES.items()
+    }
     print(format_table(cases))
     if options.json:
         packages = ("torch", "transformers", "accelerate", "hf-unlearn")
@@ -531,7 +624,10 @@ def main() -> None:
             f"--seed {options.seed}",
             "machine": describe_machine(options.device),
             "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
-            "bounds": {name: case.bounds for name, case in CASES.items()},
+            "bounds": {
+                name: {variant: case.bounds_of(variant) for variant in VARIANTS if case.bounds_of(variant)}
+                for name, case in ALL_CASES.items()
+            },
             "cases": cases,
         }
         with open(options.json, "w", encoding="utf-8") as file:
