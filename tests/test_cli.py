@@ -157,6 +157,13 @@ def test_table_for_a_person(train):
     assert lines[-1].startswith("Saved in ")
 
 
+def test_a_lone_target_of_a_lora_is_a_name(train, tmp_path):
+    """TRL takes it out of its list, and PEFT took it for an expression: "Target modules down_proj not found"."""
+    code, _, err = train("--use_peft", "true", "--lora_target_modules", "down_proj", "--eval_rows", "0")
+    assert code == 0, err
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["target_modules"] == ["down_proj"]
+
+
 def test_recipe_is_typed_and_flags_win(train, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     # As YAML reads it: 1e-3 in a list is text, off is False, 1 is a number, a lone loss a scalar

@@ -142,6 +142,9 @@ def _peft_config(args: "UnlearnConfig", model_args: "ModelConfig") -> "PeftConfi
         if model_args.lora_target_modules is not None:
             raise UsageError("--trainable_modules and --lora_target_modules say the same of a LoRA: give one of them.")
         model_args.lora_target_modules = args.trainable_modules
+    if isinstance(model_args.lora_target_modules, str) and model_args.lora_target_modules != "all-linear":
+        # TRL takes a lone name out of its list, and PEFT takes a text for an expression that the whole path matches
+        model_args.lora_target_modules = [model_args.lora_target_modules]
     peft_config = get_peft_config(model_args)
     if args.trainable_layers is not None:
         config = AutoConfig.from_pretrained(model_args.model_name_or_path, revision=model_args.model_revision)
