@@ -35,6 +35,7 @@ COMMANDS = {
     "check": "check a folder before it is released: files, weights, card, secrets, and the forget set",
     "diff": "compare two models on disk, tensor by tensor",
     "doctor": "say what is installed, what is missing, and what is known not to go together",
+    "estimate": "say what a step costs, and what fits a GPU, from a model's config alone",
     "evaluate": "measure what a model still knows of one data set and what it kept of another",
     "intervene": "change a model as little as it takes to make words or answers unreachable, or prompts refused",
     "push": "check a release and send it to the Hub as one commit, to where nothing serves the original",
