@@ -177,7 +177,14 @@ def names_of(tensors: dict[str, torch.Tensor]) -> list[str]:
 
 
 ENGINE_PARAMETERS = [
-    pytest.param(engine, marks=pytest.mark.skipif(not is_available(engine), reason=f"{engine} is not installed"))
+    pytest.param(
+        engine,
+        marks=[
+            pytest.mark.skipif(not is_available(engine), reason=f"{engine} is not installed"),
+            # On a CPU accelerate has to be told otherwise for it, and FSDP2 at loading shards in the same way
+            *([pytest.mark.slow] if engine == "FSDP2" else []),
+        ],
+    )
     for engine in ENGINES
 ]
 
