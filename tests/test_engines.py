@@ -181,8 +181,9 @@ ENGINE_PARAMETERS = [
         engine,
         marks=[
             pytest.mark.skipif(not is_available(engine), reason=f"{engine} is not installed"),
-            # On a CPU accelerate has to be told otherwise for it, and FSDP2 at loading shards in the same way
-            *([pytest.mark.slow] if engine == "FSDP2" else []),
+            # On a CPU accelerate has to be told otherwise for FSDP2, which shards as at loading does; the table of
+            # test_invariance.py has two processes with DDP
+            *([pytest.mark.slow] if engine in ("FSDP2", "DDP") else []),
         ],
     )
     for engine in ENGINES

@@ -95,11 +95,15 @@ def largest_tensor(model, tokenizer, tmp_path, scope: str, **settings) -> int:
 @pytest.mark.parametrize(
     "scope, settings",
     [
-        ("layers", {"forget_loss": ["npo"], "retain_loss": ["kl"]}),
-        ("head", {"forget_loss": ["npo"], "retain_loss": ["nll"]}),
-        ("lora", {"forget_loss": ["simnpo"], "retain_loss": ["nll"]}),
+        pytest.param("layers", {"forget_loss": ["npo"], "retain_loss": ["kl"]}, id="npo"),
+        pytest.param(
+            "head",
+            {"forget_loss": ["npo"], "retain_loss": ["nll"]},
+            id="npo of a trained head",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("lora", {"forget_loss": ["simnpo"], "retain_loss": ["nll"]}, id="simnpo"),
     ],
-    ids=["npo", "npo of a trained head", "simnpo"],
 )
 def test_logits_of_a_batch_are_never_held(model, tokenizer, tmp_path, scope, settings):
     largest = largest_tensor(model, tokenizer, tmp_path, scope, **settings)

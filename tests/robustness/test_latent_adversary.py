@@ -161,7 +161,7 @@ def test_every_step_of_the_adversary_sees_the_forget_rows(make, tiny_model_path)
 
     decoder = trainer.objective.policy(trainer.model)
     run = decoder.run
-    decoder.run = lambda batch, layers, last_hidden_state, changes=None: run(
+    decoder.run = lambda batch, layers, last_hidden_state, changes=None, activations=None: run(
         batch, layers, last_hidden_state, {layer: random_change(layer) for layer in radii}
     )
     trainer.objective.adversary_radii = {}
