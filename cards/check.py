@@ -224,15 +224,15 @@ class Gate:
         return times_of_change(self.release) == self._written
 
     def check(
-        self, names: Mapping[str, str] | None = None, replaced: Mapping[str, bytes] | None = None
+        self, names: Mapping[str, str] | None = None, replaced: Mapping[str, bytes | None] | None = None
     ) -> CheckResult:
         """
         Applies every rule. The weights are not read again.
 
         Args:
             names (`Mapping[str, str]`, *optional*): what leaves besides files, such as `{"repository": "org/name"}`.
-            replaced (`Mapping[str, bytes]`, *optional*): small files that leave in place of, or besides, those of the
-                folder: path -> content.
+            replaced (`Mapping[str, bytes | None]`, *optional*): small files that leave in place of, or besides, those
+                of the folder: path -> content, `None` for one that does not leave.
 
         Raises:
             `ValueError`: the licence of the base cannot be read.
@@ -278,12 +278,13 @@ class Gate:
         result.files = {secret.get(path, path): digest for path, digest in result.files.items()}
         return result
 
-    def with_files(self, replaced: Mapping[str, bytes]) -> Release:
-        """The release with other small files. It is closed with the gate, and not by itself."""
+    def with_files(self, replaced: Mapping[str, bytes | None]) -> Release:
+        """The release with other small files, and without some. It is closed with the gate, and not by itself."""
         release = Release()
         release.findings = self.release.findings
-        files = {path: ReleaseFile(path, len(content), content) for path, content in replaced.items()}
-        release.files = dict(sorted({**self.release.files, **files}.items()))
+        kept = {path: file for path, file in self.release.files.items() if path not in replaced}
+        new = {path: ReleaseFile(path, len(text), text) for path, text in replaced.items() if text is not None}
+        release.files = dict(sorted({**kept, **new}.items()))
         return release
 
     def scan(self, file: str, content: bytes | str) -> list[Finding]:

@@ -32,7 +32,7 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError
 
-from hf_unlearn.cards.builder import MODEL_KINDS, render_files
+from hf_unlearn.cards.builder import FIGURES, MODEL_KINDS, render_files
 from hf_unlearn.cards.check import Allowance, CheckResult, Gate, open_gate
 from hf_unlearn.cards.disclosure import apply_disclosure
 from hf_unlearn.cards.file_names import kind_of
@@ -192,8 +192,8 @@ class _Push:
         tag = self._options.tag or tag
         return names if tag is None else {**names, "the tag": tag}
 
-    def _rendered(self, gate: Gate) -> dict[str, bytes]:
-        """Card, report and pictures at the level of disclosure that was asked for."""
+    def _rendered(self, gate: Gate) -> dict[str, bytes | None]:
+        """Card, report and pictures at the level of disclosure that was asked for, and none of another level."""
         if self._options.disclosure is None:
             return {}
         content = gate.release.content(REPORT_NAME)
@@ -206,7 +206,7 @@ class _Push:
         ]
         licence = None if gate.base is None else inherit_licence(gate.base, acknowledged=True).metadata
         card = gate.release.content(CARD_NAME)
-        return render_files(
+        rendered = render_files(
             report,
             existing=None if card is None else card.decode("utf-8", errors="replace"),
             model_name=self._repo_id.rpartition("/")[2],
@@ -214,10 +214,11 @@ class _Push:
             notices=[path for path in files if kind_of(path) == "licence"],
             repair=self._options.repair_card,
         )
+        return {**{path: None for path in FIGURES.values() if path in files}, **rendered}
 
     # ---- There: questions ----
 
-    def _plan(self, gate: Gate, replaced: dict[str, bytes]) -> _Plan:
+    def _plan(self, gate: Gate, replaced: dict[str, bytes | None]) -> _Plan:
         """Looks at the repository as it is now, and applies every rule to what would be sent. Writes nothing."""
         private = self._look()
         if private is None:
@@ -295,8 +296,8 @@ class _Push:
             raise ValueError(f"{self._repo_id} does not exist: a pull request needs a repository, so leave it out.")
 
     def _with_card(
-        self, gate: Gate, files: dict[str, bytes], head: str, tree: dict[str, RemoteFile]
-    ) -> tuple[dict[str, bytes], bytes | None]:
+        self, gate: Gate, files: dict[str, bytes | None], head: str, tree: dict[str, RemoteFile]
+    ) -> tuple[dict[str, bytes | None], bytes | None]:
         """The files to replace with the card that shall be there, and one that a pull request proposes."""
         mode = self._options.card_mode
         if mode == "new" or CARD_NAME not in tree:
@@ -353,7 +354,7 @@ class _Push:
 
     # ---- There: writing ----
 
-    def _send(self, gate: Gate, replaced: dict[str, bytes], receipt: Receipt) -> None:
+    def _send(self, gate: Gate, replaced: dict[str, bytes | None], receipt: Receipt) -> None:
         plan, made = self._commit(gate, replaced, receipt)
         receipt.private = plan.private
         receipt.allowed = plan.result.allowed
@@ -376,7 +377,7 @@ class _Push:
         if plan.private and self._options.public and not self._options.pull_request:
             receipt.private = self._publish()
 
-    def _commit(self, gate: Gate, replaced: dict[str, bytes], receipt: Receipt) -> tuple[_Plan, str | None]:
+    def _commit(self, gate: Gate, replaced: dict[str, bytes | None], receipt: Receipt) -> tuple[_Plan, str | None]:
         """The plan that holds once the release is there, and the commit, if this call made it."""
         failure: Exception | None = None
         for attempt in range(_ATTEMPTS):

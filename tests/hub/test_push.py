@@ -204,6 +204,9 @@ def test_a_card_that_cannot_be_read_is_not_replaced(hub, push, release):
 
 def test_another_level_of_disclosure(hub, push, base, tmp_path):
     release = make_small_release(base, tmp_path / "public", level="public")
+    # A picture that the card of this level does not have, such as one of an earlier report
+    (release / "figures").mkdir(exist_ok=True)
+    shutil.copyfile(release / "figures" / "footprint.png", release / "figures" / "attacks.png")
     before = contents(release)
     assert "org/people" in before["README.md"].decode()
     outcome = push(release, "org/name", "--disclosure", "count-only")
