@@ -23,6 +23,7 @@ import os
 import resource
 import signal
 import tempfile
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
@@ -134,8 +135,9 @@ class PushProcess:
         return self._pipe.recv() if self._pipe.poll(timeout) else None
 
     def kill(self, child: int) -> None:
-        """Ends a command at once, in the middle of what it does."""
-        os.kill(child, signal.SIGKILL)
+        """Ends a command at once, in the middle of what it does; one that has just ended is left."""
+        with suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
 
     def __call__(self, *argv: object, **options: object) -> Outcome:
         self.start(*argv, **options)
