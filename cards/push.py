@@ -31,6 +31,7 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError
+from huggingface_hub.utils.sha import git_hash
 
 from hf_unlearn.cards.builder import FIGURES, MODEL_KINDS, render_files
 from hf_unlearn.cards.check import Allowance, CheckResult, Gate, open_gate
@@ -49,7 +50,6 @@ from hf_unlearn.cards.remote import (
     check_repo_id,
     connect,
     explained,
-    git_oid,
     read_file,
     read_tree,
 )
@@ -60,7 +60,6 @@ from hf_unlearn.cards.weight_rules import read_header
 
 CARD_NAME = "README.md"
 _ATTEMPTS = 3
-_CHUNK = 2**20
 
 
 @dataclass(frozen=True)
@@ -540,13 +539,8 @@ def _is_same(file: ReleaseFile, remote: RemoteFile | None) -> bool:
         return False
     if remote.sha256 is not None:
         return remote.sha256 == file.sha256
-    if file.content is not None:
-        return remote.oid == git_oid(file.content)
-    digest = hashlib.sha1(b"blob %d\0" % file.size)
-    with file.open() as stream:
-        while block := stream.read(_CHUNK):
-            digest.update(block)
-    return remote.oid == digest.hexdigest()
+    # No large one, so that it is small
+    return remote.oid == git_hash(file.read(0, file.size))
 
 
 def _is_same_content(content: bytes, remote: RemoteFile | None) -> bool:

@@ -34,6 +34,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import get_token, validate_repo_id
+from huggingface_hub.utils.sha import git_hash
 
 
 # Written by the Hub itself when a repository is created; it says which files are large
@@ -205,9 +206,4 @@ def is_content(content: bytes, file: RemoteFile) -> bool:
     """Whether a file of the Hub holds exactly this."""
     if file.sha256 is not None:
         return hashlib.sha256(content).hexdigest() == file.sha256
-    return git_oid(content) == file.oid
-
-
-def git_oid(content: bytes) -> str:
-    """SHA-1 by which git, and the Hub, name a file that is not a large one."""
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+    return git_hash(content) == file.oid

@@ -249,7 +249,10 @@ def test_every_loss_and_option_is_run():
 
 
 def test_one_process_has_no_refusals():
-    check_options(None, [refusal.option for refusal in REFUSALS])
+    options = [refusal.option for refusal in REFUSALS]
+    assert check_options(None, options) is None
+    with pytest.raises(ValueError, match="is not supported with ZeRO-3"):
+        check_options("ZeRO-3", options)
 
 
 def test_documentation_has_the_table():

@@ -170,6 +170,7 @@ def test_rows_alone_are_the_same_to_the_last_bit(make_trainer, tmp_path, setting
     cached = {**settings, **caches(tmp_path, kind)}
     for _ in range(2):
         require_equal(train(make_trainer(cached)), expected)
+        assert rows_in(tmp_path)  # or nothing was cached
 
 
 def test_resumed_run_reads_what_the_first_one_left(make_trainer, tmp_path):
@@ -257,8 +258,10 @@ def test_other_model_scope_or_tokenizer(make_trainer, tiny_model_path, tmp_path,
 def test_other_hidden_layer_is_another_target(make_trainer, tmp_path):
     settings = {**RMU, **caches(tmp_path, "reference")}
     train(make_trainer(settings))
+    before = rows_in(tmp_path)
     other = {**settings, "hidden_layer": 4, "trainable_layers": "2-3"}
     actual = train(make_trainer(other))
+    assert before and len(rows_in(tmp_path)) == 2 * len(before)
     require_close(actual, train(make_trainer({**RMU, "hidden_layer": 4})))
 
 

@@ -267,7 +267,9 @@ def test_assembling_needs_no_torch(base, trained, tmp_path):
         f"assemble_files({str(trained)!r}, {str(tmp_path / 'release')!r}, base={str(base)!r})\n"
         "assert not {'torch', 'transformers'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", script], check=True)
+    outcome = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert outcome.returncode == 0, outcome.stderr
+    assert (tmp_path / "release" / "model.safetensors").exists()
 
 
 # ---- Adapters ----

@@ -50,12 +50,13 @@ from hf_unlearn.cards.history import (
     released_hashes,
 )
 from hf_unlearn.cards.purge import PurgePlan, PurgeResult, plan_purge, purge
-from hf_unlearn.cards.remote import HubError, check_repo_id, connect
+from hf_unlearn.cards.remote import HubError, check_repo_id
 from hf_unlearn.cards.report import write_text
 from hf_unlearn.cards.stored import LEFTOVER, ORIGINAL, UNKNOWN, BaseFile, History, Served, ServedBy
 
 from . import UsageError, run
 from .diff import Parser
+from .hub import add_token_argument, connect_with
 
 
 _WHAT = {ORIGINAL: "original", UNKNOWN: "unknown weights", LEFTOVER: "left by a trainer"}
@@ -113,7 +114,7 @@ def make_parser() -> Parser:
     )
     parser.add_argument("--yes", action="store_true", help="With --purge: do not ask.")
     parser.add_argument("--receipt", metavar="FILE", help="Write what --json prints into this file.")
-    parser.add_argument("--token", metavar="TOKEN", help="Better set as HF_TOKEN, where others cannot see it.")
+    add_token_argument(parser)
     parser.add_argument("--json", action="store_true", help="Print everything as JSON.")
     parser.add_argument(
         "-q", "--quiet", action="store_true", help="Print rule and ref of what was found, and no more."
@@ -129,13 +130,11 @@ def main(argv: list[str]) -> int:
         os.path.isdir(args.receipt) or not os.path.isdir(os.path.dirname(args.receipt) or ".")
     ):
         raise UsageError("--receipt names no file in a folder that is there.")
-    if args.token is not None:
-        print("Warning: others on this machine can see --token; set HF_TOKEN instead.", file=sys.stderr)
     try:
         check_repo_id(args.repo)
-        api = connect(args.token, required=args.purge)
     except ValueError as error:
         raise UsageError(str(error)) from error
+    api = connect_with(args, required=args.purge)
     audit = look(api, args)
     content = {"schema": 1, "tool_version": __version__, "endpoint": api.endpoint, **audit.to_dict()}
     result = None

@@ -34,13 +34,14 @@ from hf_unlearn.cards.file_names import kind_of
 from hf_unlearn.cards.manifest import EDIT_NAME
 from hf_unlearn.cards.push import push_release
 from hf_unlearn.cards.receipt import MESSAGE, Blocked, PushOptions, Receipt
-from hf_unlearn.cards.remote import check_repo_id, connect
+from hf_unlearn.cards.remote import check_repo_id
 from hf_unlearn.cards.report import write_text
 from hf_unlearn.cards.tensor_files import ADAPTER_NAME
 
 from . import UsageError, run
 from .check import add_gate_arguments, as_text, gate_options, reading_weights
 from .diff import Parser
+from .hub import add_token_argument, connect_with
 
 
 def make_parser() -> Parser:
@@ -92,7 +93,7 @@ def make_parser() -> Parser:
     )
     parser.add_argument("--tag", metavar="NAME", help="Of the release; a hash over its files where unset.")
     parser.add_argument("--receipt", metavar="FILE", help="Write what was done as JSON; outside DIR.")
-    parser.add_argument("--token", metavar="TOKEN", help="Rather `hf auth login` or HF_TOKEN: others see a command.")
+    add_token_argument(parser)
     parser.add_argument("--json", action="store_true", help="Print the receipt, or what blocks, as JSON.")
     parser.add_argument(
         "-q", "--quiet", action="store_true", help="Print the commit, or rule and file of what blocks."
@@ -141,8 +142,6 @@ def push(args: argparse.Namespace) -> Receipt:
         [`~hf_unlearn.cards.remote.HubError`]: the Hub refuses or fails.
     """
     _check_receipt(args)
-    if args.token is not None:
-        print("Warning: others on this machine can see the token of a command: set HF_TOKEN instead.", file=sys.stderr)
     options = PushOptions(
         public=args.public,
         pull_request=args.pr,
@@ -156,9 +155,9 @@ def push(args: argparse.Namespace) -> Receipt:
     try:
         # What is known at once, before data and weights are read
         check_repo_id(args.repo_id)
-        connect(args.token, required=not args.dry_run)
     except ValueError as error:
         raise UsageError(str(error)) from error
+    connect_with(args, required=not args.dry_run)
     gate = gate_options(args)
     if args.allow_reversible:
         gate["allowances"].append(Allowance("reversible"))

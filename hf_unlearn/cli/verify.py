@@ -36,12 +36,13 @@ from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_b
 from tqdm import tqdm
 
 from hf_unlearn.cards.history import base_weights
-from hf_unlearn.cards.remote import check_repo_id, connect
+from hf_unlearn.cards.remote import check_repo_id
 from hf_unlearn.cards.stored import BaseFile, is_weights
 from hf_unlearn.cards.verify import ReceiptContent, VerifyResult, is_vouched_for, verify_release
 
 from . import UsageError, run
 from .diff import Parser
+from .hub import add_token_argument, connect_with
 
 
 _MAX_RECEIPT = 32 * 2**20
@@ -69,7 +70,7 @@ def make_parser() -> Parser:
     parser.add_argument(
         "-q", "--quiet", action="store_true", help="Print rule and file of what is wrong, and no more."
     )
-    parser.add_argument("--token", metavar="TOKEN", help="Better set HF_TOKEN: others can see a command line.")
+    add_token_argument(parser)
     return parser
 
 
@@ -98,9 +99,7 @@ def verify(args: argparse.Namespace) -> VerifyResult:
     receipt = None if args.receipt is None else _read_receipt(args.receipt)
     if args.base is not None and not os.path.isdir(args.base):
         _parse_repo(args.base)  # before anything is sent
-    if args.token is not None:
-        print("Warning: others on this machine can see a token on the command line: set HF_TOKEN.", file=sys.stderr)
-    api = connect(args.token, required=False)
+    api = connect_with(args, required=False)
     were_disabled = are_progress_bars_disabled()
     # Those of the client are worth seeing for large files only
     if args.quiet or not args.download:

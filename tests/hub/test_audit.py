@@ -469,7 +469,7 @@ def test_the_token_on_the_command_line(hub, tmp_path):
     hub.add("models", "org/model", release(), lfs=LARGE, private=True)
     token = hub.add_user("alice", organizations={"org": "write"})
     result = audit(hub, tmp_path, "org/model", "--token", token, token="")
-    assert result.returncode == 0 and "others on this machine can see --token" in result.stderr
+    assert result.returncode == 0 and "others on this machine can see a token on the command line" in result.stderr
     assert token not in result.stdout + result.stderr
 
 
