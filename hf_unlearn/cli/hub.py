@@ -36,7 +36,10 @@ def connect_with(args: argparse.Namespace, *, required: bool) -> HfApi:
         `UsageError`: there is no token, and one is required.
     """
     if args.token is not None:
-        print("Warning: others on this machine can see a token on the command line: set HF_TOKEN instead.", file=sys.stderr)
+        print(
+            "Warning: others on this machine can see a token on the command line: set HF_TOKEN instead.",
+            file=sys.stderr,
+        )
     try:
         return connect(args.token, required=required)
     except ValueError as error:
