@@ -37,7 +37,7 @@ from .constraints.certify import (
     certify_storage,
     check_points,
 )
-from .constraints.editable import editable_linear, has_tied_head, untie_head
+from .constraints.editable import editable_linear, has_tied_head, in_float32, untie_head
 from .constraints.linearize import second_moments
 from .constraints.points import ConstraintPoints
 from .constraints.preconditioning import null_space_projector, retain_factor
@@ -342,7 +342,7 @@ class InterventionTrainer(RegionTrainer):
         self.control = handler.on_train_begin(self.args, state, control)
         with self._tied_on_failure(model):
             # Solved for in float32: the rounding of a bfloat16 forward pass is larger than what a margin leaves
-            with _in_float32(model):
+            with in_float32(model):
                 edit = self._solve(model)
                 certificates = self._certify_edit(model, edit)
             self._store(model, edit, certificates)
@@ -533,24 +533,6 @@ class InterventionTrainer(RegionTrainer):
         if relaxation is not None:
             certificates.append(certify_relaxation(edit.report, relaxation))
         return certificates
-
-
-@contextmanager
-def _in_float32(model: PreTrainedModel) -> Iterator[None]:
-    """
-    The model in float32, inside a `with` block; then every tensor in its own dtype again. Nothing is lost on the way,
-    and not all of them have the model's: rotary frequencies stay in float32.
-    """
-    tensors = [*model.parameters(), *model.buffers()]
-    dtypes = [tensor.dtype for tensor in tensors]
-    wide = [tensor for tensor in tensors if tensor.is_floating_point()]
-    for tensor in wide:
-        tensor.data = tensor.data.float()
-    try:
-        yield
-    finally:
-        for tensor, dtype in zip(tensors, dtypes, strict=True):
-            tensor.data = tensor.data.to(dtype)
 
 
 def select_modules(model: PreTrainedModel, args: InterventionConfig) -> list[str]:

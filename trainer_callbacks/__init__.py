@@ -13,6 +13,7 @@
 # limitations under the License.
 """Callbacks for any transformers or TRL trainer. They keep no trainer: what they need is in the callback's kwargs."""
 
+from hf_unlearn.trainer_callbacks.margin_constraint import MarginConstraintCallback
 from hf_unlearn.trainer_callbacks.norm_ball import NormBallCallback
 from hf_unlearn.trainer_callbacks.relearning_probe import RelearningProbeCallback
 from hf_unlearn.trainer_callbacks.release import ReleaseCallback
@@ -22,6 +23,7 @@ from hf_unlearn.trainer_callbacks.unlearning_evaluation import UnlearningEvaluat
 
 
 __all__ = [
+    "MarginConstraintCallback",
     "NormBallCallback",
     "RelearningProbeCallback",
     "ReleaseCallback",

@@ -14,7 +14,8 @@
 """Which layers an edit may change: plain linear ones, and an LM head that is untied from the input embeddings."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from peft import PeftModel
@@ -96,6 +97,24 @@ def untie_head(model: PreTrainedModel) -> Callable[[], None]:
         "model grows by one matrix, and its configuration says tie_word_embeddings=False."
     )
     return tie_again
+
+
+@contextmanager
+def in_float32(model: PreTrainedModel) -> Iterator[None]:
+    """
+    The model in float32, inside a `with` block; then every tensor in its own dtype again. Nothing is lost on the way,
+    and not all of them have the model's: rotary frequencies stay in float32.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    dtypes = [tensor.dtype for tensor in tensors]
+    wide = [tensor for tensor in tensors if tensor.is_floating_point()]
+    for tensor in wide:
+        tensor.data = tensor.data.float()
+    try:
+        yield
+    finally:
+        for tensor, dtype in zip(tensors, dtypes, strict=True):
+            tensor.data = tensor.data.to(dtype)
 
 
 def editable_linear(model: PreTrainedModel, name: str) -> nn.Linear:

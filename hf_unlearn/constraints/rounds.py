@@ -21,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -118,7 +118,7 @@ class Solver:
         slack: str | None,
         slack_cost: float | None,
         batch_size: int,
-        accelerator: Accelerator | None,
+        accelerator: Accelerator | PartialState | None,
         rounds: int,
         relaxation: Relaxation | None,
     ):

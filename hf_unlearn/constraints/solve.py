@@ -19,7 +19,7 @@ relaxed prompts. Our formulation after [the paper](https://huggingface.co/papers
 import logging
 from collections.abc import Sequence
 
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -53,7 +53,7 @@ def solve_intervention(
     slack_cost: float | None = None,
     batch_size: int = 16,
     seed: int = 0,
-    accelerator: Accelerator | None = None,
+    accelerator: Accelerator | PartialState | None = None,
     progress: bool = False,
 ) -> WeightEdit:
     """
@@ -80,7 +80,8 @@ def solve_intervention(
         slack_cost (`float`, *optional*): the cost, in units of the edit's squared norm per nat (per squared nat).
         batch_size (`int`, *optional*, defaults to 16): sequences in a forward and a backward pass.
         seed (`int`, *optional*, defaults to 0): of the attacks' random starts.
-        accelerator (`Accelerator`, *optional*): processes that share the linearisations; the first one solves.
+        accelerator (`Accelerator` or `PartialState`, *optional*): processes that share the linearisations; the first
+            one solves.
         progress (`bool`, *optional*, defaults to `False`): whether to show a bar.
 
     Returns:
