@@ -19,7 +19,6 @@ from typing import Any
 
 from accelerate import PartialState
 from accelerate.logging import get_logger
-from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, broadcast
 from datasets import Dataset
 from torch import Tensor, nn
@@ -114,9 +113,8 @@ class MarginConstraintCallback(TrainerCallback):
     Raises:
         `ValueError`: arguments that do not fit together; when training begins, a layer that cannot be corrected
             (adapters, a tied head, sharded or quantised weights), or words without a tokenizer.
-        [`~hf_unlearn.constraints.solve.ConstraintsNotMetError`],
-        [`~hf_unlearn.constraints.dual.InfeasibleConstraintsError`]: at the end, a constraint does not hold. During
-            training this is a warning, and the next check tries again.
+        [`~hf_unlearn.constraints.solve.ConstraintsNotMetError`]: at the end, a constraint does not hold, and no
+            correction was found. During training this is a warning, and the next check tries again.
         [`~hf_unlearn.metrics.inference.NonFiniteLogitsError`]: the trained model has diverged.
 
     Example:
@@ -183,7 +181,7 @@ class MarginConstraintCallback(TrainerCallback):
         processing_class: PreTrainedTokenizerBase | None = None,
         **kwargs: Any,
     ) -> None:
-        engine = AcceleratorState().distributed_type
+        engine = PartialState().distributed_type
         if engine in _SHARDED:
             raise ValueError(
                 f"MarginConstraintCallback solves for whole matrices, and {engine.value} shards weights or optimizer: "
@@ -262,13 +260,17 @@ class MarginConstraintCallback(TrainerCallback):
             },
         )
         self._checked_step = state.global_step
-        if failure is not None and is_last:
-            raise failure
-        if failure is not None:
-            logger.warning(
-                f"Constraints do not hold at step {state.global_step}, and training goes on until the next check: "
-                f"{failure}"
-            )
+        if failure is None:
+            return
+        message = (
+            f"{int((after > 0).sum())} of {len(constraints)} margin constraints are violated by up to "
+            f"{after.max().item():.3g} nats and could not be put right: name another or one more layer in modules, "
+            "lower the demand, raise rounds, or remove points that contradict each other."
+        )
+        if is_last:
+            raise ConstraintsNotMetError(message) from failure
+        logger.warning(f"Step {state.global_step}: {message} Training goes on until the next check.")
+        logger.debug("The constraints could not be put right.", exc_info=failure)
 
     def _correct(self, model: nn.Module, constraints: Constraints) -> tuple[float, Tensor]:
         """Adds the smallest change that holds once it is stored; gives its norm and the values of `_excess`."""
