@@ -200,6 +200,7 @@ SETS = {
     "world_facts": "world facts",
     "harmful": "harmful prompts",
     "harmless": "harmless prompts",
+    "harness": "tasks of lm-evaluation-harness",
 }
 KEPT = ["retain", "real_authors", "world_facts"]
 

@@ -55,9 +55,9 @@ TopicLabel = Annotated[
 ]
 Bucket = Literal["1-9", "10-99", "100-999", "1000-9999", "10000 or more"]
 ReferenceKind = Literal["adapter_disabled", "initial_weights", "separate_model"]
-# What is to go, what is to stay, the two sets of common knowledge that model utility is measured on as well, and the
-# prompts that should and should not be refused.
-SetName = Literal["forget", "retain", "real_authors", "world_facts", "harmful", "harmless"]
+# What is to go, what is to stay, the two sets of common knowledge that model utility is measured on as well, the
+# prompts that should and should not be refused, and the tasks of lm-evaluation-harness.
+SetName = Literal["forget", "retain", "real_authors", "world_facts", "harmful", "harmless", "harness"]
 
 
 @dataclass

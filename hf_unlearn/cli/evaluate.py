@@ -22,11 +22,18 @@ hf-unlearn evaluate out --preset tofu --forget_config forget10 \
 ```
 
 `accelerate launch -m hf_unlearn.cli.evaluate ...` shares the rows among several devices.
+
+```bash
+hf-unlearn evaluate out --lm-eval wmdp,mmlu,perturbed_mmlu
+```
+
+runs tasks of lm-evaluation-harness, alone or with the sets.
 """
 
 import os
 import sys
 from contextlib import redirect_stdout
+from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from hf_unlearn.cards.card import update_model_card
@@ -34,8 +41,9 @@ from hf_unlearn.cards.metric_table import KEPT
 from hf_unlearn.cards.report import REPORT_NAME, UnlearningReport
 
 from . import UsageError, run
-from .evaluate_arguments import EvaluateArguments, cache_folder, check_arguments
-from .evaluate_data import load_data, say
+from .evaluate_arguments import EvaluateArguments, cache_folder, check_arguments, is_harness_alone
+from .evaluate_data import EvaluationData, load_data, say
+from .evaluate_harness import add_harness, check_tasks, harness_metrics, report_without_data
 from .evaluate_measure import measure
 from .evaluate_models import Inputs, add_retain_only, check_tokenizers
 from .evaluate_output import PRIVATE, Result, as_json, as_table, write_private
@@ -54,7 +62,7 @@ def make_parser() -> "ArgumentParser":
     parser = ArgumentParser(
         (DataArguments, EvaluateArguments),
         prog="hf-unlearn evaluate",
-        usage="%(prog)s MODEL [--forget F --retain R | --preset P] ...",
+        usage="%(prog)s MODEL [--forget F --retain R | --preset P] [--lm-eval TASKS] ...",
     )
     parser.add_argument("model", metavar="MODEL", nargs="?", help="A folder, a Hub id, or the folder of an adapter.")
     return parser
@@ -90,9 +98,11 @@ def evaluate(name: str | None, data_args: "DataArguments", args: EvaluateArgumen
     from .inputs import read_model, read_tokenizer
 
     check_arguments(name, data_args, args)
+    alone = is_harness_alone(data_args, args)
+    task_manager = check_tasks(args) if args.lm_eval is not None else None
     config = _config(args)
     report = earlier_report(name, args.output)
-    data = load_data(data_args, args)
+    data = EvaluationData({}) if alone else load_data(data_args, args)
     tokenizer = read_tokenizer(name, args.revision, "model")
     check_tokenizers(tokenizer, args)
     try:
@@ -103,9 +113,15 @@ def evaluate(name: str | None, data_args: "DataArguments", args: EvaluateArgumen
         if report is not None:
             check_same_model(report, model, args.output)
         elif args.output is not None:
-            report = new_report(model, tokenizer, data.sets, config, args.revision)
+            report = (
+                report_without_data(model, config, args.revision)
+                if alone
+                else new_report(model, tokenizer, data.sets, config, args.revision)
+            )
         inputs = Inputs(data, tokenizer, config, args, ScoreCache(cache_folder(args)))
-        result = measure(model, given, inputs)
+        result = Result(args.model_stage, {}, {}, {}) if alone else measure(model, given, inputs)
+        if task_manager is not None:
+            add_harness(result, model, inputs, task_manager)
         del model  # room for the other one
         if args.retain_only_model is not None:
             add_retain_only(result, inputs)
@@ -159,6 +175,9 @@ def _save(result: Result, report: UnlearningReport) -> None:
         for name in KEPT:
             stage.pop(name, None)
     stage.update(result.metrics)
+    if result.harness:
+        stage["harness"] = stage.get("harness", {}) | harness_metrics(result.harness, result.harness_limit)
+        report.environment.packages["lm-eval"] = version("lm-eval")
     folder, name = os.path.split(result.report)
     if folder:
         os.makedirs(folder, exist_ok=True)

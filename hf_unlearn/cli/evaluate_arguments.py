@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from hf_unlearn.cards.report import REPORT_NAME
+from hf_unlearn.lm_eval import PERTURBED_TASKS
 
 from . import UsageError
 from .evaluate_output import PRIVATE
@@ -110,6 +111,18 @@ class EvaluateArguments:
             (`"text"`). By default `"letter"` where the retain set has `choices`, as `cais/mmlu` has, else `"text"`.
         insertion_seed (`int`, *optional*, defaults to `0`):
             Seed of the choices that are replaced.
+        lm_eval (`str`, *optional*):
+            Tasks and groups of lm-evaluation-harness, with commas between them: `wmdp,mmlu`. Alone, or with the sets
+            above. `perturbed_mmlu` and `perturbed_mmlu_question` are MMLU with a forget-token (`SARS-CoV-2`, or the
+            one of `forget_tokens`) in place of an incorrect choice, or before the question.
+        lm_eval_num_fewshot (`int`, *optional*, defaults to `0`):
+            Answered examples before each question of the harness.
+        lm_eval_limit (`int`, *optional*):
+            At most this many questions of each of its tasks.
+        lm_eval_include_path (`str`, *optional*):
+            A folder of further task files. They may name Python functions, which are run: use what you trust.
+        lm_eval_seed (`int`, *optional*, defaults to `0`):
+            Seed of the harness.
     """
 
     preset: str | None = field(
@@ -200,6 +213,24 @@ class EvaluateArguments:
         metadata={"help": "What is compared: letters of listed choices, or texts.", "choices": ["letter", "text"]},
     )
     insertion_seed: int = field(default=0, metadata={"help": "Seed of the choices that are replaced."})
+    lm_eval: str | None = field(
+        default=None, metadata={"help": "Tasks of lm-evaluation-harness, such as wmdp,mmlu,perturbed_mmlu."}
+    )
+    lm_eval_num_fewshot: int = field(
+        default=0, metadata={"help": "Answered examples before each question of the harness."}
+    )
+    lm_eval_limit: int | None = field(
+        default=None, metadata={"help": "At most this many questions of each task of the harness."}
+    )
+    lm_eval_include_path: str | None = field(
+        default=None, metadata={"help": "A folder of further task files, whose Python functions are run."}
+    )
+    lm_eval_seed: int = field(default=0, metadata={"help": "Seed of the harness."})
+
+    @property
+    def lm_eval_tasks(self) -> list[str]:
+        """The names in `lm_eval`."""
+        return [name.strip() for name in (self.lm_eval or "").split(",") if name.strip()]
 
 
 def check_arguments(name: str | None, data_args: "DataArguments", args: EvaluateArguments) -> None:
@@ -217,16 +248,19 @@ def check_arguments(name: str | None, data_args: "DataArguments", args: Evaluate
         _check_preset(data_args, args)
     elif args.preset_source is not None:
         raise UsageError(f"--preset_source is where a preset is loaded from: add --preset {PRESET_NAMES[0]}.")
-    elif data_args.forget_dataset is None:
+    elif data_args.forget_dataset is None and not is_harness_alone(data_args, args):
         raise UsageError(
             "--forget_dataset is required: a Hub id, a folder saved by datasets, or a file (or --preset: "
             f"{', '.join(PRESET_NAMES)})."
         )
-    for option in ("batch_size", "max_new_tokens", "max_rows"):
+    for option in ("batch_size", "max_new_tokens", "max_rows", "lm_eval_limit"):
         value = getattr(args, option)
         if value is not None and value < 1:
             raise UsageError(f"--{option} {value} measures nothing: use at least 1.")
-    if args.forget_tokens and data_args.retain_dataset is None and args.preset is None:
+    if args.lm_eval is not None:
+        check_harness_arguments(args)
+    perturbed = bool(set(args.lm_eval_tasks) & set(PERTURBED_TASKS))
+    if args.forget_tokens and data_args.retain_dataset is None and args.preset is None and not perturbed:
         raise UsageError("--forget_tokens are inserted in retain queries: add --retain_dataset.")
     for option in ("judge_model", "harmful", "harmless"):
         if getattr(args, option) is not None and not args.generate:
@@ -237,6 +271,44 @@ def check_arguments(name: str | None, data_args: "DataArguments", args: Evaluate
         )
     if args.cache_dir is not None and os.path.exists(args.cache_dir) and not os.path.isdir(args.cache_dir):
         raise UsageError(f"--cache_dir {args.cache_dir!r} is a file: name a folder.")
+
+
+_ON_SETS = (
+    *("holdout_dataset", "harmful", "harmless", "retain_only_model", "reference_model", "judge_model"),
+    *("real_authors", "world_facts"),
+)
+
+
+def is_harness_alone(data_args: "DataArguments", args: EvaluateArguments) -> bool:
+    """Whether nothing but tasks of lm-evaluation-harness is asked for."""
+    sets = (
+        data_args.forget_dataset,
+        data_args.retain_dataset,
+        args.preset,
+        *(getattr(args, name) for name in _ON_SETS),
+    )
+    return args.lm_eval is not None and all(value is None for value in sets)
+
+
+def check_harness_arguments(args: EvaluateArguments) -> None:
+    """
+    Refuses what the harness could not run.
+
+    Raises:
+        `UsageError`: naming the fix.
+    """
+    from importlib.util import find_spec
+
+    if find_spec("lm_eval") is None:
+        raise UsageError('--lm_eval needs lm-evaluation-harness: pip install "hf-unlearn[lm-eval]".')
+    if not args.lm_eval_tasks:
+        raise UsageError("--lm_eval names no task: --lm_eval wmdp,mmlu.")
+    if args.lm_eval_num_fewshot < 0:
+        raise UsageError(f"--lm_eval_num_fewshot {args.lm_eval_num_fewshot}: use 0 or more.")
+    if args.lm_eval_include_path is not None and not os.path.isdir(args.lm_eval_include_path):
+        raise UsageError(f"--lm_eval_include_path {args.lm_eval_include_path!r} is no folder of task files.")
+    if set(args.lm_eval_tasks) & set(PERTURBED_TASKS) and len(args.forget_tokens or []) > 1:
+        raise UsageError("The perturbed tasks of --lm_eval take one forget-token: name one in --forget_tokens.")
 
 
 def _check_preset(data_args: "DataArguments", args: EvaluateArguments) -> None:

@@ -53,7 +53,7 @@ def measure(model: "PreTrainedModel", given: "dict[str, Dataset]", inputs: Input
 
     data, args = inputs.data, inputs.args
     # First, because they may refuse the rows
-    inserted = _insertion(model, given, inputs) if args.forget_tokens else None
+    inserted = _insertion(model, given, inputs) if args.forget_tokens and "retain" in given else None
     membership = _membership(model, inputs) if data.holdout is not None else None
     evaluation = evaluate_model(
         model,

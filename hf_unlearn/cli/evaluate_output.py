@@ -16,7 +16,7 @@
 import json
 import os
 import textwrap
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from hf_unlearn.cards.metric_table import (
@@ -31,6 +31,7 @@ from hf_unlearn.cards.metric_table import (
 
 
 if TYPE_CHECKING:
+    from hf_unlearn.lm_eval import HarnessScore
     from hf_unlearn.metrics import InsertionResult
 
 
@@ -54,6 +55,8 @@ class Result:
     utility_parts: list[str] = field(default_factory=list)
     report: str | None = None
     insertion: "InsertionResult | None" = None
+    harness: "list[HarnessScore]" = field(default_factory=list)
+    harness_limit: int | None = None
 
     def add(self, name: str, metrics: dict[str, float], skipped: dict[str, str]) -> None:
         """
@@ -101,6 +104,7 @@ def as_json(result: Result) -> str:
             "model_utility_over": result.utility_parts,
             "skipped": result.skipped,
             "empty_answers": result.empty_answers(),
+            "lm_eval": [asdict(score) for score in result.harness],
         },
         indent=2,
     )
@@ -117,8 +121,10 @@ def as_table(result: Result) -> str:
             lines += _table(result.metrics, [name for name in pair if name in result.metrics], family)
     if result.insertion is not None:
         lines += [*_insertion_table(result.insertion), ""]
-    notes = ["[ ]: 95 % interval of the mean over the rows, by bootstrap."]
-    if "forget_quality" in result.metrics["forget"]:
+    if result.harness:
+        lines += [*_harness_table(result.harness), ""]
+    notes = ["[ ]: 95 % interval of the mean over the rows, by bootstrap."] if result.metrics else []
+    if "forget_quality" in result.metrics.get("forget", {}):
         statistic = result.metrics["forget"]["forget_quality_statistic"]
         notes.append(
             f"Forget quality: p-value of a KS test (distance {statistic:.3f}) between the truth ratios of this model "
@@ -136,13 +142,17 @@ def as_table(result: Result) -> str:
     ]
     if result.insertion is not None:
         notes += _insertion_notes(result.insertion)
+    if result.harness:
+        notes += _harness_notes(result)
     for name, count in result.empty_answers().items():
         notes.append(f"{count} of {len(result.samples[name])} rows of the {SETS[name]} have no answer: left out.")
     notes += _skipped_notes(result.skipped)
     lines += [line for note in notes for line in textwrap.wrap(note, 100, subsequent_indent="  ")]
     if result.report is not None:
         folder = os.path.join(os.path.dirname(result.report), PRIVATE)
-        lines += ["", f"Saved in {result.report}", f"Values and answers per row, not to be released: {folder}{os.sep}"]
+        lines += ["", f"Saved in {result.report}"]
+        if result.samples:
+            lines.append(f"Values and answers per row, not to be released: {folder}{os.sep}")
     return "\n".join(lines)
 
 
@@ -239,6 +249,36 @@ def _insertion_notes(insertion: "InsertionResult") -> list[str]:
         reasons = [f"{count} {_WHY_SKIPPED[reason]}" for reason, count in token.skipped.items() if count]
         if reasons:
             notes.append(f"Token {number}: rows skipped. {'; '.join(reasons)}.")
+    return notes
+
+
+def _harness_table(scores: "list[HarnessScore]") -> list[str]:
+    rows = [["lm-evaluation-harness", "Metric", "Value", "Rows", "Examples", "Task version"]]
+    for score in scores:
+        low, high = score.interval or (None, None)
+        rows.append(
+            [
+                score.task,
+                score.metric if score.filter == "none" else f"{score.metric} ({score.filter})",
+                _number(score.value) + ("" if low is None else f" [{_end(low)}, {_end(high)}]"),
+                f"{score.rows}",
+                f"{score.shots}",
+                score.version,
+            ]
+        )
+    return _aligned(rows)
+
+
+def _harness_notes(result: Result) -> list[str]:
+    notes = [
+        "lm-evaluation-harness: [ ] is the 95 % interval by the harness's standard error. Examples: answered ones "
+        "before each question."
+    ]
+    if result.harness_limit is not None:
+        notes.append(
+            f"At most {result.harness_limit} questions of each task were asked (--lm_eval_limit): not the score that "
+            "others report."
+        )
     return notes
 
 

@@ -288,7 +288,7 @@ def test_an_unknown_attribute_is_no_way_round_the_schema(report):
             ("metrics", "after", "authors"),
             {},
             "a key of metrics.after: expected 'forget' or 'retain' or 'real_authors' or 'world_facts' "
-            "or 'harmful' or 'harmless'",
+            "or 'harmful' or 'harmless' or 'harness'",
         ),
         (
             ("metrics", "after", "forget", "Who wrote it?"),
