@@ -13,6 +13,8 @@
 # limitations under the License.
 """What callbacks that measure during training share: the rows, and where results go."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from datasets import Dataset
@@ -66,6 +68,25 @@ def require_whole_weights(model: nn.Module) -> None:
             "The callback runs the model on its own, which sharded weights (FSDP2) do not allow: leave it out, or "
             "train with DDP."
         )
+
+
+@contextmanager
+def without_autocast(model: nn.Module) -> Iterator[None]:
+    """
+    The model's own forward, inside a `with` block: under mixed precision accelerate has put an autocast around it.
+
+    What is measured is then the weights as they are stored, in their own dtype, by every path through the model alike.
+    """
+    attributes = vars(model)
+    if "_original_forward" not in attributes:
+        yield
+        return
+    wrapped = attributes["forward"]
+    model.forward = attributes["_original_forward"]
+    try:
+        yield
+    finally:
+        model.forward = wrapped
 
 
 def add_to_history(state: TrainerState, metrics: dict[str, float]) -> None:

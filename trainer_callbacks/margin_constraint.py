@@ -47,7 +47,12 @@ from hf_unlearn.constraints.solve import ConstraintsNotMetError, solve_intervent
 from hf_unlearn.forward import evaluation_mode
 from hf_unlearn.intervention_data import encode_prompt
 from hf_unlearn.metrics.inference import NonFiniteLogitsError
-from hf_unlearn.trainer_callbacks.during_training import add_to_history, read_rows, require_whole_weights
+from hf_unlearn.trainer_callbacks.during_training import (
+    add_to_history,
+    read_rows,
+    require_whole_weights,
+    without_autocast,
+)
 
 
 logger = get_logger(__name__)
@@ -194,7 +199,7 @@ class MarginConstraintCallback(TrainerCallback):
                     f"{name} is tied to the input embeddings, and untying it in the middle of a training would leave "
                     "the optimizer behind: choose a hidden layer such as an mlp.down_proj."
                 )
-        with evaluation_mode(model):
+        with evaluation_mode(model), without_autocast(model):
             self._points = self._make_points(model, processing_class)
         self._checked_step = -1
         self._check(state, model)

@@ -32,7 +32,12 @@ from transformers import (
 from hf_unlearn.attacks.finetuning import FineTuning, fine_tune, probabilities, require_disjoint, sequences
 from hf_unlearn.metrics.inference import NonFiniteLogitsError
 from hf_unlearn.metrics.rows import EvaluationRow
-from hf_unlearn.trainer_callbacks.during_training import add_to_history, read_rows, require_whole_weights
+from hf_unlearn.trainer_callbacks.during_training import (
+    add_to_history,
+    read_rows,
+    require_whole_weights,
+    without_autocast,
+)
 
 
 logger = get_logger(__name__)
@@ -124,10 +129,11 @@ class RelearningProbeCallback(TrainerCallback):
     ) -> None:
         if state.global_step % self.every_steps:
             return
-        before = probabilities(model, self._held_out)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        with without_autocast(model):
+            before = probabilities(model, self._held_out)
         try:
-            with _copied(trained):
+            with without_autocast(model), _copied(trained):
                 fine_tune(model, trained, sequences(self._train), self.tuning, self.seed)
                 after = probabilities(model, self._held_out)
         except NonFiniteLogitsError:

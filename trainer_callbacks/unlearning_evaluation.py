@@ -28,7 +28,12 @@ from transformers import (
 
 from hf_unlearn.attacks.finetuning import probabilities
 from hf_unlearn.metrics.rows import EvaluationRow
-from hf_unlearn.trainer_callbacks.during_training import add_to_history, read_rows, require_whole_weights
+from hf_unlearn.trainer_callbacks.during_training import (
+    add_to_history,
+    read_rows,
+    require_whole_weights,
+    without_autocast,
+)
 
 
 logger = get_logger(__name__)
@@ -157,7 +162,8 @@ class UnlearningEvaluationCallback(TrainerCallback):
     def _measure(self, state: TrainerState, model: nn.Module) -> dict[str, float]:
         means = {}
         for name, rows in self._rows.items():
-            values = probabilities(model, rows, self.batch_size)
+            with without_autocast(model):
+                values = probabilities(model, rows, self.batch_size)
             means[name] = sum(values) / len(values)
         add_to_history(state, means)
         self._measured_step = state.global_step
