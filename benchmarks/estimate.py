@@ -31,6 +31,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import Any
+from unittest.mock import patch
 
 import datasets
 import torch
@@ -53,9 +54,10 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback
 
-from hf_unlearn import UnlearnConfig, UnlearnTrainer
+from hf_unlearn import UnlearnConfig, UnlearnTrainer, unread_layers
 from hf_unlearn.estimate import Estimate, ModelOptions, estimate_step
 from hf_unlearn.losses import FORGET_LOSSES, RETAIN_LOSSES
+from hf_unlearn.reference import SeparateModel, inner_model
 from hf_unlearn.robustness.probe import LayerScore, ProbeConfig, RobustProbe, describe_base
 
 
@@ -340,8 +342,18 @@ def make_probe(model: Any, layer: int) -> RobustProbe:
 def measure(case: Case) -> dict[str, int]:
     """FLOPs and peak bytes of one step; it is built inside the tracer, so that whatever it holds counts."""
     gc.collect()
-    with PeakMemory() as memory:
+    # Host memory is this memory: what would wait there, out of a device's way, is left out
+    with PeakMemory() as memory, patch.object(unread_layers, "host_is_elsewhere", lambda device: True):
         step = MeasuredStep(case)
+        objective, start = step.trainer.objective, step.trainer.record.initial
+        if start is not None and start is not objective.reference:
+            memory.leave_out(start.values.values())  # for the report
+        if objective.last_layer is not None:
+            models = [step.trainer.model]
+            if isinstance(objective.reference, SeparateModel):
+                models.append(objective.reference.model)
+            for model in map(inner_model, models):
+                memory.leave_out(unread_layers.unread_parameters(model, objective.last_layer))
         for _ in range(WARMUP_STEPS):
             step.backward()
             step.update()

@@ -20,6 +20,7 @@ the buckets of DDP) is added by formula.
 """
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -37,8 +38,9 @@ from .loading import set_scope
 from .objective import UNITS
 from .reference import DisabledAdapter, InitialWeights, Reference, SeparateModel, adapter_can_be_disabled, inner_model
 from .robustness.probe import HIDDEN_SIZES, BaseModel, ProbeConfig, RobustProbe
-from .scope import parse_layers
+from .scope import decoder_layers, layers_of, parse_layers
 from .step_tracer import NULL_SPACE, Batch, DryRun, StepTracer, TracedObjective
+from .unread_layers import unread_parameters
 
 
 # By optimizer: values kept for each trained one, and, while it updates, copies of all trained tensors beside them
@@ -59,6 +61,8 @@ class Estimate:
             rounded weights, null space), `gradient buckets` of DDP, `caches` (what a step reads from disk).
         trained_parameters (`int`): number of trained values.
         parameters (`int`): number of all.
+        host_bytes (`int`): weights that no step reads, which a run on an accelerator keeps in host memory
+            ([`~hf_unlearn.unread_layers.UnreadLayers`]); not part of `memory`.
         tokens (`int`): of all rows of a step, padding included.
         cached_reference (`bool`): whether what the reference gives is read from disk, as from the second epoch on.
         prefix_shared (`dict[str, int]`): by rows, the frozen layers that run once for all passes over them.
@@ -68,6 +72,7 @@ class Estimate:
     memory: dict[str, int]
     trained_parameters: int
     parameters: int
+    host_bytes: int
     tokens: int
     cached_reference: bool
     prefix_shared: dict[str, int]
@@ -219,11 +224,12 @@ def _trace(config: PreTrainedConfig, args: UnlearnConfig, options: ModelOptions)
     model = _make_model(config, args, options, objective)
     separate = None
     if objective.reads_reference and args.reference_mode == "copy":
-        separate = _without_adapter(config, args, options)
+        separate = _without_adapter(config, args, options).requires_grad_(False)
     if args.uses_probe:
         objective.probe = _make_probe(config.get_text_config(), args)
+    unread = _unread(model, objective)
     with FakeTensorMode(allow_non_fake_inputs=True), tracer:
-        _give_storage(model, tracer, args.device, "frozen weights")
+        _give_storage(model, tracer, args.device, "frozen weights", unread)
         check_trained_weights(model, args)
         trained = trained_parameters(model)
         for parameter in trained.values():
@@ -231,7 +237,7 @@ def _trace(config: PreTrainedConfig, args: UnlearnConfig, options: ModelOptions)
         if objective.reads_reference:
             with tracer.owner("reference"):
                 if separate is not None:
-                    _give_storage(separate, tracer, args.device, "reference")
+                    _give_storage(separate, tracer, args.device, "reference", _unread(separate, objective))
                 objective.reference = _make_reference(model, separate, args, options)
         if objective.probe is not None:
             _give_storage(objective.probe, tracer, args.device, "wrappers")
@@ -241,7 +247,8 @@ def _trace(config: PreTrainedConfig, args: UnlearnConfig, options: ModelOptions)
             objective.find_prefixes(model)
         run = DryRun(model, objective, args, tracer)
         values, copies = _OPTIMIZERS[args.optim]
-        kept = _allocate(tracer, "optimizer", trained, values)
+        stepped = _stepped(model, objective, trained)
+        kept = _allocate(tracer, "optimizer", stepped, values)
         if args.weight_averaging_start is not None:
             kept += _allocate(tracer, "wrappers", trained, 1, torch.float32)
         if options.processes > 1:  # DDP reduces gradients in buckets of their own
@@ -249,13 +256,14 @@ def _trace(config: PreTrainedConfig, args: UnlearnConfig, options: ModelOptions)
         num_items = {name: {unit: torch.ones((), device=args.device) for unit in UNITS} for name in batches[0]}
         run.load_caches(batches)
         tracer.start()
-        run.run_step(batches, num_items, update=lambda: _allocate(tracer, "optimizer", trained, copies))
+        run.run_step(batches, num_items, update=lambda: _allocate(tracer, "optimizer", stepped, copies))
         del kept
     return Estimate(
         flops=dict(tracer.flops),
         memory=tracer.at_peak,
         trained_parameters=sum(parameter.numel() for parameter in trained.values()),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
+        host_bytes=sum(parameter.nbytes for parameter in unread),
         tokens=sum(batch["input_ids"].numel() for batches_of_set in batches for batch in batches_of_set.values()),
         cached_reference=args.precompute_ref_log_probs,
         prefix_shared={rows: prefix.depth for rows, prefix in objective.prefixes.items()},
@@ -286,10 +294,27 @@ def _without_adapter(config: PreTrainedConfig, args: UnlearnConfig, options: Mod
         )
 
 
+def _unread(model: nn.Module, objective: TracedObjective) -> list[nn.Parameter]:
+    return [] if objective.last_layer is None else unread_parameters(inner_model(model), objective.last_layer)
+
+
+def _stepped(
+    model: nn.Module, objective: TracedObjective, trained: dict[str, nn.Parameter]
+) -> dict[str, nn.Parameter]:
+    """Without adapters above the last layer that is read: they get no gradient, and optimizers nothing to keep."""
+    if objective.last_layer is None:
+        return trained
+    stack_name, layers = decoder_layers(inner_model(model))
+    above = set(range(objective.last_layer + 1, len(layers)))
+    return {name: parameter for name, parameter in trained.items() if not layers_of([name], stack_name) & above}
+
+
 @torch.no_grad()
-def _give_storage(model: nn.Module, tracer: StepTracer, device: torch.device, owner: str) -> None:
-    """Replaces every meta tensor by one that has a device and no values; what is tied stays tied."""
-    replaced: dict[Tensor, Tensor] = {}
+def _give_storage(
+    model: nn.Module, tracer: StepTracer, device: torch.device, owner: str, unread: Sequence[nn.Parameter] = ()
+) -> None:
+    """Replaces every meta tensor that is read by one that has a device and no values; what is tied stays tied."""
+    replaced: dict[Tensor, Tensor] = {parameter: parameter for parameter in unread}
     with tracer.owner(owner):
         for module in model.modules():
             for tensors in (module._parameters, module._buffers):

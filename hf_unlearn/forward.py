@@ -16,7 +16,7 @@
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +25,11 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from .prefix import Activations
 from .scope import decoder_layers
+
+
+if TYPE_CHECKING:
+    from .prefix import Activations  # which runs a decoder itself
 
 
 # Elements of fp32 logits that exist at one time (128 MiB).
@@ -119,7 +122,7 @@ class Decoder:
         hidden_layers: Collection[int],
         last_hidden_state: bool,
         changes: dict[int, Callable[[Tensor], Tensor]] | None = None,
-        activations: Activations | None = None,
+        activations: "Activations | None" = None,
     ) -> BackboneOutput:
         """
         Runs all layers when `last_hidden_state` is asked for, else exactly those up to the last of `hidden_layers`.

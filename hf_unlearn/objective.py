@@ -189,6 +189,11 @@ class Objective:
         return not self.all_reads <= HIDDEN_READS
 
     @property
+    def last_layer(self) -> int | None:
+        """The last layer that a step runs; `None` where it runs all, or a probe has yet to choose its layer."""
+        return None if self.reads_logits or self.args.uses_probe else max(self.layers_of(self.all_reads))
+
+    @property
     def reads_reference(self) -> bool:
         return bool(self.all_reads & REFERENCE_READS)
 
@@ -254,7 +259,7 @@ class Objective:
                 if rows == "retain" and self.args.reference_noise_std > 0:
                     changed.append(self.noise_layer)
                 lowest = [min(layers, default=None) for layers in (self.layers_of(names), changed)]
-                prefix = find_prefix(inner_model(model), *lowest)
+                prefix = find_prefix(inner_model(model), *lowest, self.last_layer)
                 if prefix is not None:
                     self.prefixes[rows] = prefix
         self.is_prefix_of_reference = self.reference is not None and all(

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from .forward import Decoder
 from .scope import decoder_layers
 
 
@@ -144,7 +145,10 @@ def drop_activations(inputs: dict[str, dict[str, Any]]) -> None:
 
 @torch.no_grad()
 def find_prefix(
-    model: PreTrainedModel, lowest_read: int | None = None, lowest_changed: int | None = None
+    model: PreTrainedModel,
+    lowest_read: int | None = None,
+    lowest_changed: int | None = None,
+    last_read: int | None = None,
 ) -> Prefix | None:
     """
     Finds what no training moves, and tries it on two tokens: an architecture whose layers pass more to each other than
@@ -156,6 +160,8 @@ def find_prefix(
         lowest_read (`int`, *optional*): the lowest layer whose output a loss reads.
         lowest_changed (`int`, *optional*): the lowest layer after which the residual stream is changed, by noise on
             the reference or by an adversary: only what lies below is the same for both models.
+        last_read (`int`, *optional*): the last layer that is run at all; those above may be elsewhere. The whole model
+            is run where unset.
 
     Returns:
         [`Prefix`], or `None` where nothing can be shared: the embeddings move, something draws random numbers, or the
@@ -184,24 +190,27 @@ def find_prefix(
     read = len(layers) if lowest_read is None else lowest_read + 1
     changed = len(layers) if lowest_changed is None else lowest_changed + 1
     prefix = Prefix(min(first, read, changed))
-    inputs = {
-        "input_ids": torch.tensor([[0, 1]], device=model.get_input_embeddings().weight.device),
-        "use_cache": False,
-    }
+    input_ids = torch.tensor([[0, 1]], device=model.get_input_embeddings().weight.device)
+    batch = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+    decoder = Decoder(model)
+
+    def run(activations: Activations | None = None) -> Tensor:
+        output = decoder.run(
+            batch, [] if last_read is None else [last_read], last_read is None, activations=activations
+        )
+        return output.last_hidden_state if last_read is None else output.hidden_states[last_read]
+
     if prefix.depth == first < min(changed, len(layers)):
         trace = _Trace(layers[first])
         with trace.recording():
-            model.base_model(**inputs)
+            run()
         if trace.first_trained is not None:
             prefix = Prefix(first, trace.outputs(), trace.entry())
     if not prefix.keys:
         return None
     activations = Activations(prefix)
-    states = []
-    for _ in range(2):  # leaving behind what the second goes on from
-        with activations.shared(layers):
-            states.append(model.base_model(**inputs).last_hidden_state)
-    expected = model.base_model(**inputs).last_hidden_state
+    states = [run(activations), run(activations)]  # the second goes on from what the first left behind
+    expected = run()
     is_exact = activations.is_complete and all(torch.equal(state, expected) for state in states)
     return prefix if is_exact else None
 

@@ -18,6 +18,7 @@ import math
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ from .base_trainer import check_pushing, prepare_eval_dataset
 from .checkpoint import load_state, save_state
 from .config import UnlearnConfig
 from .data import count_overlap, prepare_dataset, rows_of_topics, split_sets, topics_of
-from .engines import SHARDED, check_options, engine_of, is_partitioned, options_of
+from .engines import SHARDED, check_options, engine_of, is_partitioned, is_quantized, options_of
 from .forward import Decoder, check_output_head
 from .hardening import Generators, check_trained_weights, make_probe, measure_null_space, trained_parameters
 from .loading import check_model, complete_args, load_model, prepare_tokenizer, set_scope, warn_of_bf16_weights
@@ -55,6 +56,7 @@ from .robustness.averaging import WeightAverage
 from .robustness.null_space import RetainNullSpace
 from .robustness.quantization import RoundedWeights
 from .split_gradients import SplitGradientTrainer
+from .unread_layers import find_unread_layers, place
 
 
 logger = get_logger(__name__)
@@ -228,23 +230,31 @@ class UnlearnTrainer(SplitGradientTrainer):
         if eval_dataset is not None:
             eval_dataset = prepare_eval_dataset(eval_dataset, tokenizer, args)
 
-        super().__init__(
-            model=model,
-            args=args,
-            data_collator=data_collator or DataCollatorForUnlearning(pad_token_id=tokenizer.pad_token_id),
-            train_dataset=PairedDataset(forget, retain),
-            eval_dataset=eval_dataset,
-            processing_class=tokenizer,
-            compute_metrics=compute_metrics,
-            callbacks=[_NoInputGradients(), *(callbacks or [])],
-            optimizers=optimizers,
-            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
-            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
-        )
+        self.unread_layers = None
+        if not is_sharded and not is_quantized(inner_model(model)):
+            self.unread_layers = find_unread_layers(model, objective, args.device)
+
+        with self._hiding_unread_layers():
+            super().__init__(
+                model=model,
+                args=args,
+                data_collator=data_collator or DataCollatorForUnlearning(pad_token_id=tokenizer.pad_token_id),
+                train_dataset=PairedDataset(forget, retain),
+                eval_dataset=eval_dataset,
+                processing_class=tokenizer,
+                compute_metrics=compute_metrics,
+                callbacks=[_NoInputGradients(), *(callbacks or [])],
+                optimizers=optimizers,
+                optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+                preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            )
 
         self.forget_rows = train_dataset
 
         engine = engine_of(self)
+        if self.unread_layers is not None and engine not in (None, "DDP"):
+            self.unread_layers.remove()  # these place weights themselves
+            self.unread_layers = None
         reference_kind = self._reference_kind(ref_model, peft_config) if objective.reads_reference else None
         check_options(engine, options_of(self, reference_kind))
         is_sharded = engine in SHARDED
@@ -271,7 +281,7 @@ class UnlearnTrainer(SplitGradientTrainer):
 
         # Reference and control vectors
         if objective.reads_reference:
-            objective.reference = self._make_reference(reference_kind, ref_model or copied_model)
+            objective.reference = self._make_reference(reference_kind, ref_model or copied_model, objective)
         elif ref_model is not None:
             logger.warning(f"ref_model is not used: no loss among {args.forget_loss + args.retain_loss} reads it.")
         if not is_sharded and not self._is_partitioned:  # else it cannot run on its own before the first step
@@ -303,6 +313,14 @@ class UnlearnTrainer(SplitGradientTrainer):
 
     # ---- Construction ----
 
+    def _hiding_unread_layers(self) -> AbstractContextManager:
+        """While the whole model is moved to the device."""
+        return nullcontext() if self.unread_layers is None else self.unread_layers.hidden()
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        with self._hiding_unread_layers():
+            return super()._prepare_for_training(*args, **kwargs)
+
     def _reference_kind(self, ref_model: PreTrainedModel | None, peft_config: PeftConfig | None) -> str:
         if ref_model is not None:
             return SeparateModel.kind
@@ -313,14 +331,15 @@ class UnlearnTrainer(SplitGradientTrainer):
         return InitialWeights.kind
 
     def _make_reference(
-        self, kind: str, separate_model: PreTrainedModel | None
+        self, kind: str, separate_model: PreTrainedModel | None, objective: Objective
     ) -> DisabledAdapter | InitialWeights | SeparateModel:
         if separate_model is not None:
             if is_partitioned():
                 separate_model = prepare_deepspeed(separate_model, self.accelerator).module
-            elif not inner_model(separate_model).is_distributed_loading_by_transformers:
-                separate_model = separate_model.to(self.args.device)
-            return SeparateModel(separate_model)
+            reference = SeparateModel(separate_model)
+            if not (is_partitioned() or inner_model(separate_model).is_distributed_loading_by_transformers):
+                place(reference.model, objective, self.args.device)
+            return reference
         if kind == DisabledAdapter.kind:
             return DisabledAdapter()
         reference = InitialWeights(self.model)
@@ -428,6 +447,8 @@ class UnlearnTrainer(SplitGradientTrainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, dict[str, Tensor]], num_items_in_batch: Any = None
     ) -> Tensor:
+        if self.unread_layers is not None and self.unread_layers.is_on_device:
+            self.unread_layers.leave()  # an evaluation, or a callback, has run them
         if self.caches is not None:
             self.caches.load_targets(inputs)
         self.objective.share_activations(inputs)

@@ -117,6 +117,7 @@ def test_recipe_and_gpu(cli, model):
     report = json.loads(out)
     assert code == 0
     assert report["trained_parameters"] == 2 * 2048 * 5632
+    assert "stay in host memory" in cli(*arguments[:-1], *scope, "--gpu", "a10g")[1]
     assert report["device"] == {"name": "a10g", "bytes": GPUS["a10g"] * GIB, "usable_bytes": (GPUS["a10g"] - 1) * GIB}
     assert json.loads(cli(*arguments, *scope, "--gpu", "t4")[1])["bf16"] is False
 

@@ -115,3 +115,19 @@ def test_activations_in_main_memory_change_no_number(make):
     settings = {**OBJECTIVES["npo"], "activation_checkpointing": True, "learning_rate": 1e-2}
     expected = losses_of(make(**settings))
     assert losses_of(make(**settings, activation_checkpointing_kwargs={"offload": True})) == expected
+
+
+def test_what_no_loss_reads_is_not_on_the_device(make):
+    trainer = make(**{**OBJECTIVES["rmu"], "eval_strategy": "no"})
+    places = {name: parameter.device.type for name, parameter in trainer.model.named_parameters()}
+    assert places["model.layers.2.mlp.down_proj.weight"] == "cuda"
+    assert places["model.layers.3.mlp.down_proj.weight"] == "cpu"
+    first, second = losses_of(trainer)
+    assert trainer.model.get_parameter("model.layers.3.mlp.down_proj.weight").device.type == "cpu"
+    rows = trainer.train_dataset.retain
+    assert trainer.evaluate(rows)["eval_rows"] == 8
+    assert trainer.model.get_parameter("model.layers.3.mlp.down_proj.weight").device.type == "cuda"
+    trainer.unread_layers.leave()
+    before = torch.cuda.memory_allocated()
+    trainer.unread_layers.fetch()
+    assert torch.cuda.memory_allocated() - before >= trainer.unread_layers.num_bytes

@@ -171,6 +171,27 @@ def test_adapter_needs_no_reference_and_moves_only_its_factors() -> None:
     assert "reference" not in result.memory
 
 
+def test_what_no_step_reads_is_not_on_the_device() -> None:
+    """Layers 2 and 3 of 4, and the head; of a second model, too."""
+    rmu = {
+        "forget_loss": ["rmu"],
+        "retain_loss": ["hidden_mse"],
+        "hidden_layer": 1,
+        "trainable_layers": "1",
+        "trainable_modules": ["mlp.down_proj"],
+    }
+    config = small_config(num_hidden_layers=4)
+    layer = 4 * WIDTH**2 + 3 * WIDTH * INTERMEDIATE + 2 * WIDTH
+    result = estimate_step(config, settings(**rmu))
+    assert result.host_bytes == 4 * (2 * layer + VOCABULARY * WIDTH)
+    frozen = result.parameters - result.trained_parameters
+    rotary = result.memory["frozen weights"] + result.host_bytes - 4 * frozen
+    assert 0 <= rotary <= 8 * WIDTH
+    copied = estimate_step(config, settings(**rmu, reference_mode="copy"))
+    assert copied.memory["reference"] == 4 * result.parameters + rotary - result.host_bytes
+    assert estimate_step(config, settings(trainable_layers="1")).host_bytes == 0
+
+
 def test_processes_add_the_buckets_of_ddp() -> None:
     alone, together = estimate(), estimate(ModelOptions(processes=2))
     assert together.memory["gradient buckets"] == 4 * alone.trained_parameters

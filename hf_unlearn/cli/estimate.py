@@ -273,7 +273,7 @@ def _fewer_layers(config: "PreTrainedConfig", args: "UnlearnConfig", options: "M
     objective = Objective(args)
     num_layers = config.get_text_config().num_hidden_layers
     objective.bind_layers(num_layers)
-    last = num_layers - 1 if objective.reads_logits else max(objective.layers_of(objective.all_reads))
+    last = num_layers - 1 if objective.last_layer is None else objective.last_layer
     changes = []
     for share in (2, 4, 8):
         first = last + 1 - max(1, num_layers // share)
@@ -329,6 +329,7 @@ def _report(
         "prefix_shared": estimate.prefix_shared,
         "flops": {**estimate.flops, "total": estimate.total_flops},
         "memory_bytes": {**estimate.memory, "total": estimate.peak_bytes},
+        "host_memory_bytes": estimate.host_bytes,
     }
     if budget is None:
         report["fits_on"] = [name for name, size in GPUS.items() if estimate.peak_bytes <= (size - RESERVED_GIB) * GIB]
@@ -364,6 +365,12 @@ def _as_table(report: dict[str, Any]) -> str:
     if shared := {rows: depth for rows, depth in report["prefix_shared"].items() if depth}:
         depths = ", ".join(f"{depth} ({rows} rows)" for rows, depth in shared.items())
         lines += [f"Frozen layers that run once for all passes of a step: {depths}.", ""]
+    if waiting := report["host_memory_bytes"]:
+        lines += [
+            f"{waiting / GIB:.2f} GiB of weights that no step reads stay in host memory; an evaluation brings them to "
+            "the device.",
+            "",
+        ]
     if "device" not in report:
         return "\n".join([*lines, f"Fits on: {', '.join(report['fits_on']) or 'none of the GPUs known here'}."])
     device, total = report["device"], report["memory_bytes"]["total"]
