@@ -12,7 +12,8 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-A plain Trainer with MarginConstraintCallback, in one process or in two with DDP; then, in two, with sharded weights:
+A plain Trainer with MarginConstraintCallback and the callbacks that measure, in one process or in two with DDP; then,
+in two, with sharded weights:
 
     torchrun --nproc_per_node 2 tests/distributed/margin_constraint_worker.py SPEC
 """
@@ -24,11 +25,16 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 from transformers.distributed import DistributedConfig
 
 from hf_unlearn.constraints.points import Demand
-from hf_unlearn.trainer_callbacks import MarginConstraintCallback
+from hf_unlearn.trainer_callbacks import (
+    MarginConstraintCallback,
+    RelearningProbeCallback,
+    ScopeGuardCallback,
+    UnlearningEvaluationCallback,
+)
 
 
 def make_trainer(spec: dict, **options) -> Trainer:
@@ -54,11 +60,18 @@ def make_trainer(spec: dict, **options) -> Trainer:
         every_steps=2,
         batch_size=2,
     )
+    sets = Dataset.from_list(spec["forget"][:4]), Dataset.from_list(spec["forget"][4:])
     return Trainer(
         model=AutoModelForCausalLM.from_pretrained(spec["model"], dtype=torch.float32, **options),
         args=args,
         train_dataset=Dataset.from_dict({"input_ids": spec["rows"], "labels": spec["rows"]}),
-        callbacks=[margin],
+        processing_class=AutoTokenizer.from_pretrained(spec["model"]),
+        callbacks=[
+            margin,
+            UnlearningEvaluationCallback(*sets, every_steps=2),
+            RelearningProbeCallback(*sets, every_steps=4, steps=2),
+            ScopeGuardCallback(),
+        ],
     )
 
 
@@ -71,7 +84,7 @@ def execute(spec: dict) -> None:
     output.mkdir(parents=True, exist_ok=True)
     weights = {name: parameter.detach().contiguous() for name, parameter in trainer.model.named_parameters()}
     save_file(weights, output / f"weights{rank}.safetensors")
-    entries = [entry for entry in trainer.state.log_history if "margin_violated" in entry]
+    entries = [entry for entry in trainer.state.log_history if not {"loss", "train_loss"} & entry.keys()]
     (output / f"history{rank}.json").write_text(json.dumps(entries))
     if spec["world_size"] > 1:
         try:

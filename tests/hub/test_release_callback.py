@@ -33,7 +33,9 @@ from peft import LoraConfig
 from transformers import (
     AutoModelForCausalLM, AutoTokenizer, DataCollatorForLanguageModeling, Trainer, TrainingArguments
 )
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl import (
+    DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
+)
 from hf_unlearn.releasing import probe_rows
 from hf_unlearn.trainer_callbacks import ReleaseCallback
 
@@ -67,7 +69,24 @@ def make(kind, output, callback):
             data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False), processing_class=tokenizer,
             callbacks=[callback],
         )
-    options = dict(activation_checkpointing=False, bf16=False, max_length=64, **shared)
+    options = dict(activation_checkpointing=False, bf16=False, **shared)
+    if kind == "grpo":
+        return GRPOTrainer(
+            load(), reward_funcs=lambda completions, **_: [float(text.count("e")) for text in completions],
+            args=GRPOConfig(output, num_generations=2, max_completion_length=8, **options),
+            train_dataset=Dataset.from_list([{"prompt": row["question"]} for row in rows]),
+            processing_class=tokenizer, callbacks=[callback],
+        )
+    options["max_length"] = 64
+    if kind == "kto":
+        data = [
+            {"prompt": row["question"], "completion": " " + text, "label": label}
+            for row in rows for text, label in ((row["answer"], False), ("I do not know.", True))
+        ]
+        return KTOTrainer(
+            load(), args=KTOConfig(output, **options), train_dataset=Dataset.from_list(data),
+            processing_class=tokenizer, peft_config=lora, callbacks=[callback],
+        )
     if kind == "sft":
         data = [{"prompt": row["question"], "completion": " I do not know."} for row in rows]
         return SFTTrainer(
@@ -142,6 +161,8 @@ CASES = {
     "plain": {"kind": "plain", "options": {"method": "gradient-descent"}},
     "sft": {"kind": "sft", "options": {"private": False, "tag": "v1"}},
     "dpo": {"kind": "dpo", "options": {"method": "dpo", "forget_losses": {"dpo": 1.0}}},
+    "kto": {"kind": "kto"},
+    "grpo": {"kind": "grpo"},
 }
 
 

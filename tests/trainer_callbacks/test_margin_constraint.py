@@ -297,9 +297,10 @@ def test_what_is_saved_when_an_epoch_ends_holds(plain, ids, tmp_path):
         assert max(next_probabilities(saved, contexts, token)) < LIMIT
 
 
-def test_two_processes_make_one_correction(tiny_model_path, ids, rows, tmp_path):
+def test_two_processes_make_one_correction(tiny_model_path, ids, rows, tofu_rows, tmp_path):
     contexts, token = ids
     spec = {"model": tiny_model_path, "rows": rows, "module": MODULE, "contexts": contexts, "forbidden": [token]}
+    spec["forget"] = tofu_rows("forget10")[:8]
     margin_constraint_worker.execute({**spec, "output": str(tmp_path / "one"), "world_size": 1})
     path = tmp_path / "spec.json"
     path.write_text(json.dumps({**spec, "output": str(tmp_path / "ddp"), "world_size": 2}))
@@ -312,8 +313,14 @@ def test_two_processes_make_one_correction(tiny_model_path, ids, rows, tmp_path)
     first, second = (load_file(tmp_path / "ddp" / f"weights{rank}.safetensors") for rank in (0, 1))
     assert all(torch.equal(first[key], second[key]) for key in first)
     histories = [json.loads((tmp_path / name).read_text()) for name in ("ddp/history0.json", "ddp/history1.json")]
-    assert histories[0] == histories[1] and len(histories[0]) == 4
-    assert all(entry["margin_correction_norm"] > 0 for entry in histories[0][:-1])
+    assert histories[0] == histories[1]
+    entries = [entry for entry in histories[0] if "margin_violated" in entry]
+    assert len(entries) == 4 and all(entry["margin_correction_norm"] > 0 for entry in entries[:-1])
+    # The callbacks that measure see the same on both, and what they see in one process
+    alone = json.loads((tmp_path / "one" / "history0.json").read_text())
+    for key in ("eval_unlearning_forget_probability", "eval_relearning_after"):
+        found, expected = ([entry[key] for entry in history if key in entry] for history in (histories[0], alone))
+        assert found == pytest.approx(expected, rel=1e-2) and len(found) == (3 if "unlearning" in key else 1)
     start = AutoModelForCausalLM.from_pretrained(tiny_model_path, dtype=torch.float32).get_parameter(
         f"{MODULE}.weight"
     )
