@@ -242,9 +242,13 @@ def test_data_that_cannot_be_loaded_name_no_folder(cli, tiny_model_path, tasks, 
 @pytest.fixture(scope="module")
 def mmlu(tmp_path_factory, facts) -> Path:
     """Some subjects in the layout of `cais/mmlu`."""
-    folder = tmp_path_factory.mktemp("hub") / "cais" / "mmlu"
+    return write_mmlu(tmp_path_factory.mktemp("hub"), facts, ["virology", "high_school_us_history"])
+
+
+def write_mmlu(parent: Path, facts: list[dict], subjects: list[str]) -> Path:
+    folder = parent / "cais" / "mmlu"
     configs = []
-    for subject in ("virology", "high_school_us_history"):
+    for subject in subjects:
         rows = [
             {
                 "question": f"{row['question']} ({subject})",
@@ -256,7 +260,7 @@ def mmlu(tmp_path_factory, facts) -> Path:
         ]
         (folder / subject).mkdir(parents=True)
         files = []
-        for split, some in (("test", rows[:24]), ("dev", rows[24:])):
+        for split, some in (("test", rows[:-6]), ("dev", rows[-6:])):
             Dataset.from_list(some).to_parquet(folder / subject / f"{split}.parquet")
             files.append({"split": split, "path": f"{subject}/{split}.parquet"})
         configs.append({"config_name": subject, "data_files": files})
@@ -324,32 +328,37 @@ def test_the_task_files_ask_as_the_harness_does():
         assert apply_template(ours["description"], {"subject": subject}) == task["description"]
 
 
-def test_accuracy_under_the_forget_token_is_that_of_the_letters(tiny_model_path, mmlu, tmp_path):
-    """The shipped task over two subjects; in the harness's own name space, as its command has it."""
-    shipped = Path(tasks_folder(), "perturbed_mmlu.yaml").read_text()
-    head, _, tail = shipped.partition("\ntask:\n")
-    kept = [line for line in tail.splitlines() if "virology" in line or "us_history" in line]
-    assert len(kept) == 2
-    (tmp_path / "some.yaml").write_text("\n".join([head.replace("perturbed_mmlu", "some_mmlu", 2), "task:", *kept]))
+def test_the_whole_group_with_a_forget_token_of_ones_own(tiny_model_path, facts, cli, tmp_path, monkeypatch):
+    """All subjects, from a folder in the place of the data set on the Hub."""
+    entries = yaml.safe_load(Path(tasks_folder(), "perturbed_mmlu.yaml").read_text().replace("!function ", ""))["task"]
+    subjects = [entry["dataset_kwargs"]["subject"] for entry in entries]
+    path = write_mmlu(tmp_path, facts[:8], subjects)
+    monkeypatch.chdir(tmp_path)
+    options = ("--forget_tokens", "anthrax", "--insertion_seed", 3, "--use_cpu", "--json")
+    code, out, err = cli("evaluate", tiny_model_path, "--lm-eval", "perturbed_mmlu", *options)
+    assert code == 0, err
+    [score] = json.loads(out)["lm_eval"]
+    assert (score["task"], score["rows"], score["shots"]) == ("perturbed_mmlu", 2 * len(subjects), 0)
+    assert "anthrax" not in out
+
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_path)
     model = AutoModelForCausalLM.from_pretrained(tiny_model_path, dtype=torch.float32).eval()
-    from lm_eval.tasks import TaskManager
+    right = [
+        expected_accuracies(model, tokenizer, [asked(row, subject.replace("_", " "))])[0]
+        for subject in subjects
+        for row in choice_perturbed(subject, forget_token="anthrax", perturbation_seed=3, mmlu_path=str(path))["test"]
+    ]
+    assert score["value"] == pytest.approx(sum(right) / len(right))
 
-    manager = TaskManager(include_path=str(tmp_path), include_defaults=False, metadata={"mmlu_path": str(mmlu)})
-    [score] = run_harness(model, tokenizer, ["some_mmlu"], task_manager=manager)
-    assert (score.task, score.metric, score.rows, score.shots) == ("some_mmlu", "acc", 48, 0)
 
-    right = 0
-    for subject, about in (("virology", "virology"), ("high_school_us_history", "high school us history")):
-        for row in choice_perturbed(subject, mmlu_path=str(mmlu))["test"]:
-            listed = "\n".join(f"{letter}. {text}" for letter, text in zip("ABCD", row["choices"], strict=True))
-            prompt = (
-                f"The following are multiple choice questions (with answers) about {about}.\n\n"
-                f"{row['question'].strip()}\n{listed}\nAnswer:"
-            )
-            rows = [{"question": prompt, "choices": list("ABCD"), "right": row["answer"]}]
-            right += expected_accuracies(model, tokenizer, rows)[0]
-    assert score.value == pytest.approx(right / 48)
+def asked(row: dict, about: str) -> dict:
+    """As MMLU is asked: the choices are listed, and the answer is a letter."""
+    listed = "\n".join(f"{letter}. {text}" for letter, text in zip("ABCD", row["choices"], strict=True))
+    prompt = (
+        f"The following are multiple choice questions (with answers) about {about}.\n\n"
+        f"{row['question'].strip()}\n{listed}\nAnswer:"
+    )
+    return {"question": prompt, "choices": list("ABCD"), "right": row["answer"]}
 
 
 @pytest.mark.slow
