@@ -197,6 +197,25 @@ def test_it_goes_with_the_sets_and_partial_numbers_do_not_replace_others(
     assert part not in first.metrics.after["harness"]
 
 
+def test_groups_stand_for_their_tasks(tiny_model_path, tasks, facts, tmp_path):
+    """A group in a group, as in MMLU: both have a line and their tasks none, but those of a group without a number."""
+    one = {**yaml.safe_load(Path(tasks, "facts.yaml").read_text()), "task": "one"}
+    files = {
+        **{name: {**one, "task": name} for name in ("one", "two", "three")},
+        "inner": {"group": "inner", "task": ["one", "two"], "aggregate_metric_list": [{"metric": "acc"}]},
+        "outer": {"group": "outer", "task": ["inner", "three"], "aggregate_metric_list": [{"metric": "acc"}]},
+        "bare": {"group": "bare", "task": ["one", "two"]},
+    }
+    for name, content in files.items():
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(content))
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_path)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_path, dtype=torch.float32).eval()
+    for name, shown in (("outer", {"outer": 90, "inner": 60}), ("bare", {"one": 30, "two": 30})):
+        scores = run_harness(model, tokenizer, [name], task_manager=find_tasks([name], str(tmp_path)))
+        assert {score.task: score.rows for score in scores if score.metric == "acc"} == shown
+        assert {score.shots for score in scores} == {0}
+
+
 # ---- What is refused ----
 
 
