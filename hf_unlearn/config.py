@@ -165,7 +165,8 @@ class UnlearnConfig(SharedConfig):
             Probe from `hf-unlearn train-probe`. Where unset, one is trained on the forget and the retain set before
             the first step, and saved in `output_dir/probe`.
         probe_layers (`str`, *optional*):
-            0-based decoder layers among which that probe chooses its own. All where unset.
+            0-based decoder layers among which that probe chooses its own. All from the first trained one on where
+            unset.
         probe_pooling (`str`, *optional*, defaults to `"mean"`):
             What that probe reads of a row: the `"mean"` over its positions, or the `"last"` one.
         probe_learning_rate (`float`, *optional*, defaults to `0.0001`):
@@ -195,6 +196,13 @@ class UnlearnConfig(SharedConfig):
             runs on the same model.
         reference_cache (`str`, *optional*):
             Folder of what `precompute_ref_log_probs` keeps. Defaults to `output_dir/reference_cache`.
+
+        > Parameters that control how rows are run
+
+        padding_free (`bool`, *optional*, defaults to `False`):
+            Whether to run the rows of a micro-batch one behind the other, without padding, as in TRL; forget and
+            retain rows together where both run equally deep. Pays for short rows of unequal length, and with
+            FlashAttention for all.
 
         > Parameters that control what is kept on disk
 
@@ -370,7 +378,7 @@ class UnlearnConfig(SharedConfig):
         metadata={"help": "Probe from `hf-unlearn train-probe`. Where unset, one is trained before the first step."},
     )
     probe_layers: str | None = field(
-        default=None, metadata={"help": "0-based decoder layers among which that probe chooses. All where unset."}
+        default=None, metadata={"help": "0-based decoder layers among which that probe chooses. All from the first trained on."}
     )
     probe_pooling: str = field(
         default="mean",
@@ -409,6 +417,12 @@ class UnlearnConfig(SharedConfig):
     )
     reference_cache: str | None = field(
         default=None, metadata={"help": "Folder of what that keeps. Default: output_dir/reference_cache."}
+    )
+
+    # Parameters that control how rows are run
+    padding_free: bool = field(
+        default=False,
+        metadata={"help": "Whether to run the rows of a micro-batch in one sequence, without padding."},
     )
 
     # Parameters that control what is kept on disk
@@ -510,6 +524,11 @@ class UnlearnConfig(SharedConfig):
             raise ValueError(
                 "loss_type is not supported: use forget_loss (what to forget: "
                 f"{', '.join(FORGET_LOSSES)}) and retain_loss (what to keep: {', '.join(RETAIN_LOSSES)}, none)."
+            )
+        if self.padding_free and self.prefix_cache is not None:
+            raise ValueError(
+                "padding_free=True runs rows of all lengths in one sequence, and prefix_cache keeps what padded rows "
+                "give: remove one of the two."
             )
         if self.reference_cache is not None and not self.precompute_ref_log_probs:
             raise ValueError("reference_cache is the folder of precompute_ref_log_probs=True: set that, or remove it.")

@@ -132,6 +132,12 @@ REFUSALS = (
         "Load a second one, sharded in the same way, as ref_model",
     ),
     Refusal(
+        "padding_free",
+        ("FSDP2 at loading", "ZeRO-3"),
+        "whether an architecture keeps packed rows apart is tried before the first step, outside of its forward",
+        "Remove it, or use DDP, FSDP2 through accelerate or ZeRO-2",
+    ),
+    Refusal(
         "A quantized model",
         SHARDED,
         "packed weights cannot be sharded like others",
@@ -222,6 +228,7 @@ def options_of(trainer: "UnlearnTrainer", reference: str | None) -> list[str]:
         "A reference swapped in": is_swapped,
         "A reference swapped in, with weights outside the decoder layers trained": is_swapped and is_outside,
         "reference_mode='copy'": reference == "copy",
+        "padding_free": args.padding_free,
         "A quantized model": is_quantized(inner_model(model)),
     }
     return [option for option, is_used in uses.items() if is_used]

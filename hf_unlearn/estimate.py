@@ -157,6 +157,8 @@ def _require_known(args: UnlearnConfig) -> None:
     if args.optim not in _OPTIMIZERS:
         name, known = OptimizerNames(args.optim).value, " or ".join(_OPTIMIZERS)
         raise ValueError(f"The memory of the optimizer {name} is not known here: estimate with {known}.")
+    if args.padding_free:
+        raise ValueError("padding_free is not known here, where all rows have max_length: estimate without it.")
     if args.fsdp or args.deepspeed is not None:
         raise ValueError(
             "Sharded training (fsdp, deepspeed) is not known here, only DDP, where every process holds the whole "

@@ -29,7 +29,7 @@ from .reference import inner_model
 from .robustness.null_space import RetainNullSpace
 from .robustness.probe import ProbeConfig, RobustProbe
 from .robustness.probe_training import train_probe
-from .scope import decoder_layers, parse_layers
+from .scope import decoder_layers, layers_of, parse_layers
 
 
 if TYPE_CHECKING:
@@ -129,16 +129,20 @@ def make_probe(trainer: "UnlearnTrainer", forget: Dataset, retain: Dataset | Non
         retain ([`~datasets.Dataset`], *optional*): prepared retain rows.
 
     Raises:
-        `ValueError`: the probe belongs to another model, or tells the two sets apart no better than chance.
+        `ValueError`: the probe belongs to another model, tells the two sets apart no better than chance, or reads
+            layers below all that is trained.
     """
     args, model = trainer.args, trainer.model
+    num_layers, first = len(decoder_layers(inner_model(model))[1]), first_trained_layer(model)
     if args.probe_path is not None:
         probe = RobustProbe.load(args.probe_path)
         probe.check_base(model)
+        _require_trained_below("probe_path", [probe.layer], first)
         return probe.to(args.device)
-    layers = None
+    layers = list(range(first, num_layers))
     if args.probe_layers is not None:
-        layers = parse_layers(args.probe_layers, len(decoder_layers(inner_model(model))[1]), name="probe_layers")
+        layers = parse_layers(args.probe_layers, num_layers, name="probe_layers")
+    _require_trained_below("probe_layers", layers, first)
     config = ProbeConfig(
         layers=layers,
         pooling=args.probe_pooling,
@@ -159,6 +163,31 @@ def make_probe(trainer: "UnlearnTrainer", forget: Dataset, retain: Dataset | Non
     if args.should_save:
         probe.save(os.path.join(args.output_dir, PROBE_FOLDER))
     return probe.to(args.device)
+
+
+def first_trained_layer(model: nn.Module) -> int:
+    """
+    The lowest layer whose output training can move: 0 with trained embeddings, the number of layers where only what
+    comes after them is trained.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): its scope already set.
+    """
+    inner = inner_model(model)
+    stack_name, layers = decoder_layers(inner)
+    if any(parameter.requires_grad for parameter in inner.get_input_embeddings().parameters()):
+        return 0
+    trained = layers_of([name for name, p in inner.named_parameters() if p.requires_grad], stack_name)
+    return min((layer for layer in trained if layer is not None), default=len(layers))
+
+
+def _require_trained_below(name: str, layers: list[int], first: int) -> None:
+    if not layers or min(layers) < first:
+        read = f"layer {min(layers)}" if layers else "a decoder layer"
+        raise ValueError(
+            f"{name}: the probe would read {read}, and nothing that is trained moves what comes before layer {first}: "
+            "train a layer up to the one that is read (trainable_layers), or read one from there on (probe_layers)."
+        )
 
 
 def measure_null_space(trainer: "UnlearnTrainer", null_space: RetainNullSpace) -> None:

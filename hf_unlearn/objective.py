@@ -23,7 +23,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .config import UnlearnConfig
-from .forward import Decoder, evaluation_mode, gather_predicting, redirect_forward, token_log_probs, token_values
+from .forward import (
+    BackboneOutput,
+    Decoder,
+    Pass,
+    evaluation_mode,
+    gather_predicting,
+    redirect_forward,
+    token_log_probs,
+    token_values,
+)
 from .losses import (
     FORGET_LOSSES,
     HIDDEN_READS,
@@ -543,16 +552,18 @@ class Objective:
         self, original: PreTrainedModel, inputs: dict[str, Tensors], reads: dict[str, set[str]], is_augmented: bool
     ) -> dict[str, Tensors]:
         decoder, outputs = self._bind_original(original), {}
-        for rows, names in reads.items():
-            batch = inputs[rows]
-            is_noisy = rows == "retain" and is_augmented and "targets" not in batch
-            output = decoder.run(
-                batch,
+        passes = {
+            rows: Pass(
+                inputs[rows],
                 self.layers_of(names),
                 last_hidden_state=bool(names & {"reference_log_probs", "reference_logits"}),
-                changes=self._noise() if is_noisy else None,
-                activations=batch.get("activations") if self.is_prefix_of_reference else None,
+                changes=self._noise() if rows == "retain" and is_augmented and "targets" not in inputs[rows] else {},
+                activations=inputs[rows].get("activations") if self.is_prefix_of_reference else None,
             )
+            for rows, names in reads.items()
+        }
+        for rows, output in decoder.run_all(passes).items():
+            batch, names = inputs[rows], reads[rows]
             tensors = self._hidden_tensors(output.hidden_states, names, prefix="reference_")
             if output.last_hidden_state is not None:
                 hidden = gather_predicting(output.last_hidden_state, batch["label_index"])
@@ -586,12 +597,22 @@ class Objective:
         changes: dict[tuple[str, int], Tensor],
     ) -> dict[str, Tensors]:
         """The tensors that the losses of the groups read, by rows, those of the reference included."""
-        tensors = {}
-        for rows, names in self.reads_of(groups).items():
+        tensors, reads = {}, self.reads_of(groups)
+        decoder = self.policy(model)
+        passes = {
+            rows: Pass(
+                inputs[rows],
+                self.layers_of(names),
+                last_hidden_state=bool(names & {"log_probs", "token_values"}),
+                changes={layer: _adder(change) for (where, layer), change in changes.items() if where == rows},
+                activations=inputs[rows].get("activations"),
+            )
+            for rows, names in reads.items()
+        }
+        for rows, output in decoder.run_all(passes).items():
             terms = [term for group in groups for term in self.terms[group] if _rows_of(term, group) == rows]
-            own_changes = {layer: _adder(change) for (where, layer), change in changes.items() if where == rows}
-            tensors[rows] = self._run_rows(
-                model, inputs[rows], rows, names, terms, reference.get(rows, {}), own_changes
+            tensors[rows] = self._read_rows(
+                decoder, output, inputs[rows], rows, reads[rows], terms, reference.get(rows, {})
             )
         if "alternative" in tensors:
             forget = tensors.setdefault("forget", {})
@@ -599,25 +620,16 @@ class Objective:
             forget["alternative_mask"] = _mask(inputs["alternative"], "token")
         return tensors
 
-    def _run_rows(
+    def _read_rows(
         self,
-        model: nn.Module,
+        decoder: Decoder,
+        output: BackboneOutput,
         batch: Tensors,
         rows: str,
         names: set[str],
         terms: list[Term],
         original: Tensors,
-        changes: dict[int, Callable[[Tensor], Tensor]],
     ) -> Tensors:
-        decoder = self.policy(model)
-        reads_tokens = bool(names & {"log_probs", "token_values"})
-        output = decoder.run(
-            batch,
-            self.layers_of(names),
-            last_hidden_state=reads_tokens,
-            changes=changes,
-            activations=batch.get("activations"),
-        )
         tensors = {**original, **self._hidden_tensors(output.hidden_states, names)}
         if "probe_log_probs" in names:
             with nullcontext() if rows == "forget" else torch.no_grad():  # on retain rows for the log alone

@@ -179,7 +179,9 @@ class DataCollatorForUnlearning(DataCollatorMixin):
       the pad id: where the pad token is the EOS token, real EOS tokens stay visible;
     * `label_index`: `(N,)` int64, flat indices of the tokens that are predicted and counted, made here so that picking
       them on the device needs no host synchronisation;
-    * `topic`: scalar int64, with topics.
+    * `topic`: scalar int64, with topics;
+    * `packed_index`, `position_ids`: `(N,)` int64, flat indices of all tokens but padding, and their places in their
+      rows, with `padding_free`.
 
     Forget rows that hold another answer to their prompt (`alternative_input_ids`, `alternative_labels`) give a third
     set, `alternative`.
@@ -190,6 +192,7 @@ class DataCollatorForUnlearning(DataCollatorMixin):
         pad_token_id (`int`): token that fills `input_ids`; any will do.
         has_row_keys (`bool`, *optional*, defaults to `False`): also give `row_keys`, what each row is called in a
             cache: a list of [`~hf_unlearn.row_cache.RowKey`].
+        padding_free (`bool`, *optional*, defaults to `False`): also give what [`~hf_unlearn.packing.Packing`] reads.
 
     Example:
 
@@ -206,6 +209,7 @@ class DataCollatorForUnlearning(DataCollatorMixin):
 
     pad_token_id: int
     has_row_keys: bool = False
+    padding_free: bool = False
     return_tensors: str = "pt"
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -234,6 +238,9 @@ class DataCollatorForUnlearning(DataCollatorMixin):
             "labels": labels,
             "label_index": counted.flatten().nonzero().squeeze(1),
         }
+        if self.padding_free:
+            batch["packed_index"] = batch["attention_mask"].flatten().nonzero().squeeze(1)
+            batch["position_ids"] = torch.cat([torch.arange(length) for length in lengths])
         if self.has_row_keys:
             batch["row_keys"] = [row_key(row["input_ids"], row["labels"]) for row in rows]
         if "topic" in rows[0]:

@@ -42,7 +42,7 @@ from .checkpoint import load_state, save_state
 from .config import UnlearnConfig
 from .data import count_overlap, prepare_dataset, rows_of_topics, split_sets, topics_of
 from .engines import SHARDED, check_options, engine_of, is_partitioned, is_quantized, options_of
-from .forward import Decoder, check_output_head
+from .forward import Decoder, check_output_head, check_packing, evaluation_mode
 from .hardening import Generators, check_trained_weights, make_probe, measure_null_space, trained_parameters
 from .loading import check_model, complete_args, load_model, prepare_tokenizer, set_scope, warn_of_bf16_weights
 from .objective import UNITS, Objective, count_items
@@ -238,7 +238,8 @@ class UnlearnTrainer(SplitGradientTrainer):
             super().__init__(
                 model=model,
                 args=args,
-                data_collator=data_collator or DataCollatorForUnlearning(pad_token_id=tokenizer.pad_token_id),
+                data_collator=data_collator
+                or DataCollatorForUnlearning(pad_token_id=tokenizer.pad_token_id, padding_free=args.padding_free),
                 train_dataset=PairedDataset(forget, retain),
                 eval_dataset=eval_dataset,
                 processing_class=tokenizer,
@@ -287,6 +288,17 @@ class UnlearnTrainer(SplitGradientTrainer):
         if not is_sharded and not self._is_partitioned:  # else it cannot run on its own before the first step
             with self.accelerator.autocast():
                 objective.find_prefixes(self.model)
+        if args.padding_free:
+            if data_collator is not None:
+                raise ValueError("padding_free=True needs the collator of this trainer: leave data_collator out.")
+            with self.accelerator.autocast(), evaluation_mode(self.model):
+                check_packing(inner_model(self.model), objective.last_layer)
+            if "flash" not in inner_model(self.model).config.get_text_config()._attn_implementation:
+                logger.warning(
+                    "padding_free=True without FlashAttention computes the attention of all pairs of tokens in a "
+                    "batch, which takes longer than padding but for very short rows: load the model with "
+                    "attn_implementation='flash_attention_2', or remove padding_free."
+                )
         self._topics = topics or ["all"]
         if "control_vector" in objective.all_reads:
             coefficient = math.nan if args.steering_coefficient is None else args.steering_coefficient

@@ -99,6 +99,7 @@ RUNS = {
         "settings": {**PLAIN, "forget_loss": ["npo", "undial"], "retain_loss": ["kl"]},
         "separate_reference": True,
     },
+    "padding_free": {"settings": {**PLAIN, "padding_free": True}},
     "all weights": {"settings": {**ADAM, "learning_rate": 1e-3, "forget_loss": ["simnpo"], "retain_loss": ["nll"]}},
     "accumulation": {"settings": {**PLAIN, "gradient_accumulation_steps": 2}},
     "activation checkpointing": {
