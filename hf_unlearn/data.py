@@ -227,7 +227,10 @@ def prepare_dataset(
         )
     cuts = list(rows["cut"])
     if all(cut == "everything" for cut in cuts):
-        raise ValueError(f"No row of the {name} data set has a token to learn from: every row is empty or masked.")
+        raise ValueError(
+            f"No row of the {name} data set has a token to learn from: every row is empty or masked. "
+            "Give rows whose answers have text, or raise max_length where they are cut off."
+        )
     _report_cuts(cuts, len(dataset), name, args.max_length)
     if "everything" in cuts:
         rows = rows.select([index for index, cut in enumerate(cuts) if cut != "everything"])

@@ -164,15 +164,47 @@ def prepare_tokenizer(
     return processing_class
 
 
+@torch.no_grad()
+def hold_in_float32(model: nn.Module, args: UnlearnConfig) -> None:
+    """
+    Master weights: what is trained of a model in bfloat16 becomes float32, in place, and what is frozen stays. Autocast
+    rounds them back for each product, so that the first forward is what it was; the optimizer's small steps add up.
+
+    Without autocast (`bf16=False`) the two types would not multiply, and nothing is done.
+
+    Args:
+        model (`nn.Module`): its scope already set.
+        args ([`UnlearnConfig`]): `bf16` and `fp32_master_weights`.
+    """
+    if args.bf16 and args.fp32_master_weights:
+        for parameter in model.parameters():
+            if parameter.requires_grad and parameter.dtype == torch.bfloat16:
+                parameter.data = parameter.data.float()
+
+
 def warn_of_bf16_weights(model: nn.Module, args: UnlearnConfig) -> None:
     """Warns where most optimizer steps would be rounded away."""
     in_bf16 = any(parameter.requires_grad and parameter.dtype == torch.bfloat16 for parameter in model.parameters())
     if in_bf16 and args.learning_rate < 1e-4:
         logger.warning(
             f"Trained weights are in bfloat16: at learning_rate={args.learning_rate:g} most steps are smaller than "
-            "half a unit in the last place and vanish. Load the model in float32 (and set bf16=True for speed), or "
-            "train a LoRA, whose weights are float32."
+            "half a unit in the last place and vanish. Set bf16=True and fp32_master_weights=True, load the model in "
+            "float32, or train a LoRA, whose weights are float32."
         )
+
+
+def _add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
+    """Adds the adapter; where PEFT finds no module of the names that it was given, those that there are get named."""
+    try:
+        return get_peft_model(model, peft_config)
+    except ValueError as error:
+        if "not found in the base model" not in str(error):
+            raise
+        names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        raise ValueError(
+            f"target_modules of the adapter match nothing in the model: choose from {', '.join(sorted(names))}, or "
+            "`all-linear`."
+        ) from error
 
 
 def set_scope(
@@ -189,7 +221,7 @@ def set_scope(
                 "layers_to_transform and target_modules on the LoraConfig instead."
             )
         if peft_config is not None:
-            model = get_peft_model(model, peft_config)
+            model = _add_adapter(model, peft_config)
     elif selects:
         freeze_all_but(model, select_parameters(model, args.trainable_layers, args.trainable_modules))
 

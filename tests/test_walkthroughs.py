@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-The walkthroughs in examples/: every block is run in the order of the page, and what it prints is compared with the page.
+The walkthroughs in examples/: every block is run in the order of the page, and what it prints is compared.
 
 A `bash` or `python` block is run, and a `text` block after it is what it prints; commands in an `sh` block are for a
 larger model, and are only parsed. Quick runs use a smaller quickstart, and compare what is not a number; the slow ones

@@ -24,6 +24,14 @@ from . import UsageError
 
 
 _FILE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+# What a file that cannot be read should have been
+_EXPECTED = {
+    ".json": "write a list of objects, or one JSON object per line, in UTF-8",
+    ".jsonl": "write one JSON object per line, in UTF-8, all with the same keys",
+    ".csv": "write a line of column names first, and rows with as many values",
+    ".parquet": "write the file again with `Dataset.to_parquet`",
+    ".txt": "save it in UTF-8",
+}
 
 
 def load_rows(source: str, config: str | None, split: str, name: str) -> Dataset:
@@ -43,14 +51,14 @@ def load_rows(source: str, config: str | None, split: str, name: str) -> Dataset
     subject = f"The {name} data set {source!r}"
     if os.path.isfile(source):
         if extension not in _FILE_FORMATS:
-            raise UsageError(f"{subject} is not a {', '.join(_FILE_FORMATS)} file.")
+            raise UsageError(f"{subject} is not a {', '.join(_FILE_FORMATS)} file: save it as one of them.")
         if os.path.getsize(source) == 0:
             raise UsageError(f"{subject} is empty: it needs at least one row.")
         options: dict[str, Any] = {"sample_by": "paragraph"} if extension == ".txt" else {}
-        with _explained(subject, f"cannot be read as {extension}"):
+        with _explained(subject, f"cannot be read as {extension}", _EXPECTED[extension]):
             return load_dataset(_FILE_FORMATS[extension], data_files=source, split="train", **options)
     if os.path.isdir(source):
-        with _explained(subject, "is no folder saved by `Dataset.save_to_disk`"):
+        with _explained(subject, "is no folder saved by `Dataset.save_to_disk`", "save it so, or give a file"):
             dataset = load_from_disk(source)
         if isinstance(dataset, Dataset):
             return dataset
@@ -59,12 +67,13 @@ def load_rows(source: str, config: str | None, split: str, name: str) -> Dataset
         return dataset[split]
     if extension in _FILE_FORMATS or source.startswith((".", "/", "~")):
         raise UsageError(f"{subject} does not exist: check the path.")
-    with _explained(f"{subject} (config {config!r}, split {split!r})", "cannot be loaded"):
+    advice = "check the id, the config, the split and the network, or give a file"
+    with _explained(f"{subject} (config {config!r}, split {split!r})", "cannot be loaded", advice):
         return load_dataset(source, config, split=split)
 
 
 @contextmanager
-def _explained(subject: str, problem: str) -> Iterator[None]:
+def _explained(subject: str, problem: str, advice: str) -> Iterator[None]:
     """Says what failed, and of why only the kind: the readers' own messages may quote a row."""
     try:
         yield
@@ -72,6 +81,4 @@ def _explained(subject: str, problem: str) -> Iterator[None]:
         # What `datasets` makes of a saved folder and of a file without rows
         if isinstance(error, IndexError) or "corresponds to no data" in str(error):
             raise UsageError(f"{subject} is empty: it needs at least one row.") from error
-        raise UsageError(
-            f"{subject} {problem} ({type(error).__name__}): check the path or id, the config and the split."
-        ) from error
+        raise UsageError(f"{subject} {problem} ({type(error).__name__}): {advice}.") from error

@@ -87,6 +87,7 @@ def main(argv: list[str]) -> int:
         trainer.save_model()
     if trainer.is_world_process_zero():
         print(_as_json(trainer) if run_args.json else _as_table(trainer))
+        _say_if_little_changed(trainer)
     trainer.end()
     return 0
 
@@ -181,6 +182,17 @@ def _as_table(trainer: "UnlearnTrainer") -> str:
         f"Saved in {trainer.args.output_dir}: the model, unlearning_report.json and README.md (the model card)"
     )
     return "\n".join([*lines, *release_lines(trainer)])
+
+
+def _say_if_little_changed(trainer: "UnlearnTrainer") -> None:
+    """What to raise where the forget set is as likely as before, since the defaults suit large models."""
+    before, after = (trainer.record.evaluations[stage].get("forget") for stage in ("before", "after"))
+    if before is not None and after is not None and after["probability"] > 0.98 * before["probability"]:
+        print(
+            f"Hardly anything was forgotten in {trainer.state.global_step} steps at --learning_rate "
+            f"{trainer.args.learning_rate:g}: raise it (2e-4 is usual for a LoRA), or --num_train_epochs.",
+            file=sys.stderr,
+        )
 
 
 if __name__ == "__main__":
