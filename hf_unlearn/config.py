@@ -197,7 +197,11 @@ class UnlearnConfig(SharedConfig):
         reference_cache (`str`, *optional*):
             Folder of what `precompute_ref_log_probs` keeps. Defaults to `output_dir/reference_cache`.
 
-        > Parameters that control how rows are run
+        > Parameters that control precision, and how rows are run
+
+        fp32_master_weights (`bool`, *optional*, defaults to `True`):
+            Whether what is trained of a model loaded in bfloat16 is held in float32, with `bf16=True`; the frozen rest
+            stays as it is. In bfloat16 most steps of unlearning are rounded away.
 
         padding_free (`bool`, *optional*, defaults to `False`):
             Whether to run the rows of a micro-batch one behind the other, without padding, as in TRL; forget and
@@ -378,7 +382,8 @@ class UnlearnConfig(SharedConfig):
         metadata={"help": "Probe from `hf-unlearn train-probe`. Where unset, one is trained before the first step."},
     )
     probe_layers: str | None = field(
-        default=None, metadata={"help": "0-based decoder layers among which that probe chooses. All from the first trained on."}
+        default=None,
+        metadata={"help": "0-based decoder layers among which that probe chooses. All from the first trained on."},
     )
     probe_pooling: str = field(
         default="mean",
@@ -419,7 +424,11 @@ class UnlearnConfig(SharedConfig):
         default=None, metadata={"help": "Folder of what that keeps. Default: output_dir/reference_cache."}
     )
 
-    # Parameters that control how rows are run
+    # Parameters that control precision, and how rows are run
+    fp32_master_weights: bool = field(
+        default=True,
+        metadata={"help": "Whether what is trained of a model in bfloat16 is held in float32, with bf16=True."},
+    )
     padding_free: bool = field(
         default=False,
         metadata={"help": "Whether to run the rows of a micro-batch in one sequence, without padding."},

@@ -34,7 +34,7 @@ from trl.trainer.utils import disable_dropout_in_model
 
 from .config import UnlearnConfig
 from .hardening import check_trained_weights, trained_parameters
-from .loading import set_scope
+from .loading import hold_in_float32, set_scope
 from .objective import UNITS
 from .reference import DisabledAdapter, InitialWeights, Reference, SeparateModel, adapter_can_be_disabled, inner_model
 from .robustness.probe import HIDDEN_SIZES, BaseModel, ProbeConfig, RobustProbe
@@ -279,6 +279,7 @@ def _make_model(
     model = _without_adapter(config, args, options)
     with torch.device("meta"):
         model = set_scope(model, options.peft_config, objective, args)
+    hold_in_float32(model, args)
     if args.disable_dropout:
         disable_dropout_in_model(model)
     if args.activation_checkpointing:

@@ -104,8 +104,8 @@ def check_trained_weights(model: nn.Module, args: "UnlearnConfig") -> None:
     if args.splits_gradients and any(parameter.dtype != torch.float32 for parameter in trained):
         raise ValueError(
             "sharpness, gradient_conflict, quantization_margin and probe_weight_ratio need the trained weights in "
-            "float32: in bfloat16 a small move of the weights is rounded away. Load the model with dtype='float32' "
-            "(and set bf16=True for speed), or train a LoRA."
+            "float32: in bfloat16 a small move of the weights is rounded away. Set bf16=True and "
+            "fp32_master_weights=True, load the model with dtype='float32', or train a LoRA."
         )
     if args.sharpness == "curvature" and args.bf16:
         raise ValueError(

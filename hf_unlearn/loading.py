@@ -167,8 +167,8 @@ def prepare_tokenizer(
 @torch.no_grad()
 def hold_in_float32(model: nn.Module, args: UnlearnConfig) -> None:
     """
-    Master weights: what is trained of a model in bfloat16 becomes float32, in place, and what is frozen stays. Autocast
-    rounds them back for each product, so that the first forward is what it was; the optimizer's small steps add up.
+    Master weights: what is trained of a model in bfloat16 becomes float32, in place, and what is frozen stays.
+    Autocast rounds them back for each product, so that the first forward is what it was, and small steps add up.
 
     Without autocast (`bf16=False`) the two types would not multiply, and nothing is done.
 

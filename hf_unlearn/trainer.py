@@ -44,7 +44,15 @@ from .data import count_overlap, prepare_dataset, rows_of_topics, split_sets, to
 from .engines import SHARDED, check_options, engine_of, is_partitioned, is_quantized, options_of
 from .forward import Decoder, check_output_head, check_packing, evaluation_mode
 from .hardening import Generators, check_trained_weights, make_probe, measure_null_space, trained_parameters
-from .loading import check_model, complete_args, load_model, prepare_tokenizer, set_scope, warn_of_bf16_weights
+from .loading import (
+    check_model,
+    complete_args,
+    hold_in_float32,
+    load_model,
+    prepare_tokenizer,
+    set_scope,
+    warn_of_bf16_weights,
+)
 from .objective import UNITS, Objective, count_items
 from .pairing import DataCollatorForUnlearning, PairedDataset, PairingSampler
 from .prefix import drop_activations
@@ -210,7 +218,6 @@ class UnlearnTrainer(SplitGradientTrainer):
         model = set_scope(model, peft_config, objective, args)
         if args.disable_dropout:
             disable_dropout_in_model(model)
-        warn_of_bf16_weights(model, args)
 
         # Data
         topics = topics_of(train_dataset, args)
@@ -259,6 +266,9 @@ class UnlearnTrainer(SplitGradientTrainer):
         reference_kind = self._reference_kind(ref_model, peft_config) if objective.reads_reference else None
         check_options(engine, options_of(self, reference_kind))
         is_sharded = engine in SHARDED
+        if engine in (None, "DDP"):  # the others keep such weights themselves
+            hold_in_float32(self.model, args)
+        warn_of_bf16_weights(self.model, args)
 
         # What makes it hold
         check_trained_weights(self.model, args)
