@@ -251,6 +251,10 @@ def test_a_page_runs_on_a_small_model(name, tmp_path, hub_environment, small_qui
     assert len(steps) >= 3, "a page shows what its commands print"
     for shown, printed in steps:
         assert words(printed) == words(shown.code)
+        for before, after, _ in re.findall(r"^  forget set +([\d.]+) +([\d.]+) +(\d+)$", printed, re.MULTILINE):
+            assert float(after) < 0.7 * float(before)
+        for before, after, _ in re.findall(r"^  retain set +([\d.]+) +([\d.]+) +(\d+)$", printed, re.MULTILINE):
+            assert float(after) > 0.8 * float(before)
 
 
 @pytest.mark.slow
