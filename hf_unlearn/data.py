@@ -246,6 +246,11 @@ def _answer_column(columns: set[str], text_column: str, name: str) -> str:
         return "rejected" if name.startswith("forget") else "chosen"
     for question, answer in (("prompt", "completion"), ("question", "answer"), ("input", "output")):
         if {question, answer} <= columns:
+            if answer == "output" and "instruction" in columns:  # alpaca's rows: without it, another question
+                raise ValueError(
+                    f"The {name} data set has an `instruction` beside `input` and `output`, which would be left out: "
+                    "join the question's parts into `prompt` and `completion`, or into `messages`."
+                )
             return answer
         if question in columns or answer in columns:
             present, missing = (question, answer) if question in columns else (answer, question)

@@ -518,6 +518,12 @@ def test_unknown_columns_list_those_that_are_there_and_those_that_are_read(prepa
     )
 
 
+def test_an_instruction_beside_the_input_is_not_left_out(prepare, quiet):
+    rows = [{"instruction": "Name the capital.", "input": "France", "output": "Paris"}]
+    with pytest.raises(ValueError, match="`instruction` beside `input` and `output`.*join the question's parts"):
+        prepare(rows)
+
+
 @pytest.mark.parametrize(
     "present, missing",
     [
