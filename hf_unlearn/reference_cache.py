@@ -29,7 +29,8 @@ from .row_cache import RowCache, RowKey, describe_computation
 
 
 if TYPE_CHECKING:
-    from .objective import Objective, Tensors
+    from .objective import Objective
+    from .passes import Tensors
     from .trainer import UnlearnTrainer
 
 
