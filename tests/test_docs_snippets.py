@@ -90,7 +90,7 @@ OPTIONS = {
 TOFU = "open-unlearning/tofu_Llama-3.2-1B-Instruct"
 MODELS = (
     *("BASE", "M", "RETAIN_ONLY", f"{TOFU}_full", f"{TOFU}_retain90"),
-    *("outputs/lora/merged", "saves/merged", "org/model"),
+    *("outputs/lora/merged", "saves/merged", "org/model", "muse-bench/MUSE-News_target"),
 )
 
 
@@ -288,11 +288,12 @@ def test_commands_run(snippet, place, capfd):
         assert code in ((0, 1) if name == "check" else (0,)), (command, capfd.readouterr().err[-2000:])
 
 
-def plain_python(snippet: Snippet) -> str:
-    """The script that a diff leads to."""
+def plain_python(snippet: Snippet) -> list[str]:
+    """The script, or the two of a diff: what a reader has, and what it becomes."""
     if snippet.language == "python":
-        return snippet.code
-    return "\n".join(line[1:] for line in snippet.code.splitlines() if not line.startswith("-"))
+        return [snippet.code]
+    lines = snippet.code.splitlines()
+    return ["\n".join(line[1:] for line in lines if not line.startswith(sign)) for sign in "+-"]
 
 
 # The small model has five layers, and no task of the harness can be loaded without a Hub
@@ -300,6 +301,9 @@ REPLACED = {
     'trainable_layers="7"': 'trainable_layers="2"',
     "        reference_noise_std=0.02,": "        reference_noise_std=0.02, reference_noise_layer=2,",
     'find_tasks(["wmdp_bio"], include_path=None)': 'find_tasks(["wmdp_bio"], include_path="tasks")',
+    ' args=SFTConfig("out", learning_rate=2e-4)': ' args=SFTConfig("out", use_cpu=True, bf16=False, max_steps=1)',
+    '"muse-bench/MUSE-News", "raw", split="forget"': '"json", data_files="news_to_forget.jsonl", split="train"',
+    '"muse-bench/MUSE-News", "raw", split="retain1"': '"json", data_files="news_to_keep.jsonl", split="train"',
 }
 
 
@@ -326,10 +330,13 @@ def test_python_runs(snippet, place, tofu_rows, tiny_model_path, monkeypatch):
         names["trainer"] = UnlearnTrainer(
             model="BASE", args=args, train_dataset=sets["forget"], retain_dataset=sets["retain"]
         )
-    code = plain_python(snippet)
-    for text, other in REPLACED.items():
-        code = code.replace(text, other)
-    exec(compile(code, snippet.page, "exec"), names)
+    for name, rows in (("news_to_forget", sets["forget"]), ("news_to_keep", sets["retain"])):
+        texts = [f"{row['question']} {row['answer']}" for row in rows]
+        Dataset.from_dict({"text": texts}).to_json(f"{name}.jsonl")
+    for code in plain_python(snippet):
+        for text, other in REPLACED.items():
+            code = code.replace(text, other)
+        exec(compile(code, snippet.page, "exec"), names)
 
     if "as_messages" in snippet.code:
         converted = list(Dataset.from_json("forget.jsonl"))
