@@ -405,6 +405,36 @@ def format_table(groups: dict[str, dict[str, dict[str, Any]]]) -> str:
     return "\n".join(rows)
 
 
+SCOPES = ("full", "layers", "modules", "lora")
+
+
+def _cells(measured: list[dict[str, int] | None]) -> str:
+    return " | ".join(
+        "" if each is None else f"{each['flops'] / 1e9:.2f}, {each['peak_bytes'] / 2**20:.1f}" for each in measured
+    )
+
+
+def format_costs(groups: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """Measured GFLOP and MiB: of the losses and of the wrappers by scope, and as each size grows."""
+    measured = {name: result["measured"] for results in groups.values() for name, result in results.items()}
+
+    def table(title: str, columns: list[str], rows: dict[str, list[str]]) -> list[str]:
+        head = [f"| {title} | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+        lines = [f"| {row} | {_cells([measured.get(name) for name in names])} |" for row, names in rows.items()]
+        return [*head, *lines, ""]
+
+    losses = dict.fromkeys(name.rpartition(", ")[0] for name in groups["losses x scopes"])
+    lines = table("losses", list(SCOPES), {loss: [f"{loss}, {scope}" for scope in SCOPES] for loss in losses})
+    pairs = [(loss, scope) for loss in ("npo + kl", "rmu + hidden_mse") for scope in ("full", "modules", "lora")]
+    rows = {wrapper: [f"{loss}, {scope}, {wrapper}" for loss, scope in pairs] for wrapper in WRAPPERS}
+    lines += table("wrapper", [f"{loss}, {scope}" for loss, scope in pairs], rows)
+    pairs = [(loss, scope) for loss in ("npo + kl", "rmu + hidden_mse") for scope in ("modules", "lora")]
+    sizes = dict.fromkeys(name.rpartition(", ")[2] for name in groups["growth"])
+    rows = {size: [f"{loss}, {scope}, {size}" for loss, scope in pairs] for size in sizes}
+    lines += table("size", [f"{loss}, {scope}" for loss, scope in pairs], rows)
+    return "\n".join(lines).rstrip()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="What is predicted of a step against what it takes.")
     parser.add_argument("--json", metavar="PATH", help="write the results here")
@@ -420,6 +450,8 @@ def main() -> None:
             name: compare(case) for name, case in tqdm(cases.items(), desc=group, file=sys.stderr, mininterval=5)
         }
     print(format_table(groups))
+    if set(groups) == set(GROUPS):
+        print(format_costs(groups))
     if options.json:
         packages = ("torch", "transformers", "accelerate", "peft", "hf-unlearn")
         report = {

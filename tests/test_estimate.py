@@ -14,6 +14,7 @@
 """What a step takes is predicted from a config: against real steps, by hand, and what is refused."""
 
 import importlib.util
+import json
 import resource
 import sys
 from pathlib import Path
@@ -276,3 +277,19 @@ def test_configuration_is_left_as_it_was() -> None:
     before = args.to_dict()
     estimate_step(small_config(), args)
     assert args.to_dict() == before
+
+
+# ---- The benchmark ----
+
+
+def test_readme_shows_the_stored_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    benchmark = _load_benchmark(monkeypatch)
+    stored = json.loads((BENCHMARKS / "results" / "estimate_cpu.json").read_text(encoding="utf-8"))
+    readme = (BENCHMARKS / "README.md").read_text(encoding="utf-8")
+    assert benchmark.format_table(stored["groups"]) in readme
+    assert benchmark.format_costs(stored["groups"]) in readme
+    assert set(stored["groups"]) == set(benchmark.GROUPS)
+    for group, results in stored["groups"].items():
+        assert set(results) == set(benchmark.GROUPS[group]())
+        for key in ("flops", "peak_bytes"):
+            assert abs(benchmark.worst(results, key)[1]) <= benchmark.TOLERANCE
