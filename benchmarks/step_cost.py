@@ -529,6 +529,19 @@ def measure_seconds(steps: dict[str, Step], repeats: int, device: str) -> dict[s
     return seconds
 
 
+def measure_product_rate(device: str, size: int = 2048, repeats: int = 5) -> float:
+    """FLOPs per second of one large matrix product, the best of some: the roof under which the steps run."""
+    left, right = (torch.randn(size, size, device=device) for _ in range(2))
+    seconds = []
+    for _ in range(repeats):
+        _synchronize(device)
+        start = time.perf_counter()
+        left @ right
+        _synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds)
+
+
 def ratio_of_pairs(seconds: list[float], naive_seconds: list[float]) -> float:
     """Median of the ratios of neighbouring steps."""
     return statistics.median(a / b for a, b in zip(seconds, naive_seconds, strict=True))
@@ -583,6 +596,7 @@ def _measure_case(
         require_equal(difference)  # before anything moves the weights
     operations = {name: count_flops(step) for name, step in steps.items()}
     seconds = measure_seconds(steps, repeats, device) if repeats else {}
+    product_rate = measure_product_rate(device) if repeats else 0.0
     results = {}
     for name in variants:
         results[name] = {
@@ -597,6 +611,7 @@ def _measure_case(
             results[name]["seconds"] = statistics.median(seconds[name])
             results[name]["seconds_all"] = [round(value, 4) for value in seconds[name]]
             results[name]["ratio"]["seconds"] = ratio_of_pairs(seconds[name], seconds["naive"])
+            results[name]["roofline"] = results[name]["flops"] / results[name]["seconds"] / product_rate
     return results
 
 
@@ -612,8 +627,8 @@ def describe_machine(device: str) -> dict[str, Any]:
 
 def format_table(cases: dict[str, dict[str, dict[str, Any]]]) -> str:
     rows = [
-        "| case | variant | GFLOP | by formula | ratio | s/step | ratio | peak MiB | ratio |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| case | variant | GFLOP | by formula | ratio | s/step | ratio | roofline | peak MiB | ratio |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for case_name, results in cases.items():
         for name, result in results.items():
@@ -624,7 +639,7 @@ def format_table(cases: dict[str, dict[str, dict[str, Any]]]) -> str:
             }
             rows.append(
                 f"| {case_name} | {name} | {result['flops'] / 1e9:.2f} | {result['flops_expected'] / 1e9:.2f} | "
-                f"{ratios['flops']} | {result['seconds']:.3f} | {ratios['seconds']} | "
+                f"{ratios['flops']} | {result['seconds']:.3f} | {ratios['seconds']} | {result['roofline']:.2f} | "
                 f"{result['peak_bytes'] / 2**20:.1f} | {ratios['peak_bytes']} |"
             )
     return "\n".join(rows)

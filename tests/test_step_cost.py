@@ -15,6 +15,7 @@
 
 import importlib.util
 import json
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -162,3 +163,18 @@ def test_command_writes_table_and_json(tmp_path: Path, monkeypatch: pytest.Monke
     results = json.loads(path.read_text(encoding="utf-8"))
     assert step_cost.format_table(results["cases"]) in capsys.readouterr().out
     assert str(tmp_path) not in path.read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_the_large_benchmark_runs_on_a_tiny_shape(tmp_path: Path) -> None:
+    """In a process of its own: it gives `step_cost` other sizes. The 7B shape itself needs a GPU."""
+    path = tmp_path / "results.json"
+    command = [sys.executable, str(BENCHMARKS / "large_model.py"), "--shape", "tiny", "--device", "cpu"]
+    subprocess.run([*command, "--repeats", "1", "--json", str(path)], check=True, capture_output=True)
+    report = json.loads(path.read_text(encoding="utf-8"))
+    steps = report["steps"]
+    assert steps["rmu, layer 7"]["flops"] < 0.5 * steps["naive rmu"]["flops"]
+    assert steps["npo + kl"]["flops"] < 0.75 * steps["naive npo"]["flops"]
+    assert steps["npo + kl, lora, sam"]["flops"] > steps["npo + kl, lora"]["flops"]
+    assert all(0 < step["roofline"] < 1 for step in steps.values())
+    assert report["dual"]["constraints"] == 64

@@ -19,10 +19,16 @@ another device, and which of the two tensors a parameter has is what the tests l
 looked at in `test_engines_gpu.py`.
 """
 
+import json
+import subprocess
+import sys
+
 import pytest
 import torch
 from datasets import Dataset
+from distributed import unread_layers_worker
 from peft import LoraConfig
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
 import hf_unlearn.unread_layers
@@ -39,6 +45,7 @@ RMU = {
     "trainable_modules": ["mlp.down_proj"],
 }
 LORA = {"forget_loss": ["circuit_breaker"], "retain_loss": ["circuit_breaker"], "circuit_breaker_layers": "1,2"}
+SETS = {"forget": "forget10", "retain": "retain90"}
 ABOVE = ("model.layers.3.", "model.layers.4.")
 
 
@@ -228,3 +235,23 @@ def test_a_plain_trainer_would_have_moved_them(tiny_model_path):
     assert set(empty) == {0}
     assert all(parameter.data_ptr() == value.data_ptr() for parameter, value in layers.on_host)
     assert Trainer._move_model_to_device is UnlearnTrainer._move_model_to_device
+
+
+@pytest.mark.slow
+def test_two_processes(tiny_model_path, tofu_rows, tmp_path):
+    """DDP: neither its constructor nor its broadcasts touch what waits."""
+    rows = tmp_path / "rows.json"
+    rows.write_text(json.dumps({name: tofu_rows(file)[:8] for name, file in SETS.items()}))
+    results = []
+    for waits in (False, True):
+        output = tmp_path / f"waits-{waits}"
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        command = [*launcher, unread_layers_worker.__file__, tiny_model_path, str(rows), str(waits), str(output)]
+        subprocess.run(command, check=True, capture_output=True, timeout=300)
+        result = json.loads(output.with_suffix(".json").read_text())
+        results.append((result, load_file(output / "model.safetensors")))
+    (plain, weights), (waiting, waiting_weights) = results
+    assert waiting == plain
+    assert waiting["processes"] == 2
+    assert weights.keys() == waiting_weights.keys()
+    assert all(torch.equal(waiting_weights[name], value) for name, value in weights.items())
