@@ -261,7 +261,7 @@ def test_resumes_from_the_command_line(train, tmp_path):
     assert UnlearningReport.load(tmp_path / "out" / "unlearning_report.json").method.steps == 3
 
 
-@pytest.mark.parametrize("how", ["--accelerate_config", "accelerate launch -m"])
+@pytest.mark.parametrize("how", ["--accelerate_config", pytest.param("accelerate launch -m", marks=pytest.mark.slow)])
 def test_two_processes(tiny_model_path, tofu_rows, tmp_path, how):
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in tofu_rows("forget01")[:8]))
     arguments = {

@@ -104,6 +104,7 @@ def test_what_does_not_fit_is_refused_with_numbers_and_with_what_helps(cli, mode
         assert again["flops"]["total"] == change["flops"]
 
 
+@pytest.mark.slow
 def test_what_cannot_fit_says_so(cli, model):
     code, _, err = cli("--model_name_or_path", model, *STEP, "--memory_gb", 1.1)
     assert code == 1

@@ -262,7 +262,7 @@ def test_models_with_other_tokens_are_refused(rows, known_model, small_model_pat
     assert "another tokenizer" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("command", ["robustness_report", "attack"])
+@pytest.mark.parametrize("command", ["robustness_report", pytest.param("attack", marks=pytest.mark.slow)])
 def test_two_processes_are_refused_and_not_run_twice(command):
     """Each would attack the same model and write the same files."""
     config = str(Path(__file__).parents[1] / "examples" / "accelerate_configs" / "cpu_2.yaml")

@@ -182,9 +182,9 @@ ENGINE_PARAMETERS = [
         engine,
         marks=[
             pytest.mark.skipif(not is_available(engine), reason=f"{engine} is not installed"),
-            # On a CPU accelerate has to be told otherwise for FSDP2, which shards as at loading does; the table of
-            # test_invariance.py has two processes with DDP
-            *([pytest.mark.slow] if engine in ("FSDP2", "DDP") else []),
+            # The whole table takes minutes. In every run, test_invariance.py has two processes with DDP, and
+            # test_fsdp.py what is sharded at loading.
+            pytest.mark.slow,
         ],
     )
     for engine in ENGINES

@@ -154,6 +154,7 @@ def runs(tiny_model_path, tofu_rows, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("store", STORES)
 def test_two_processes_find_the_same_edit_and_save_it_once(runs, store):
     one, *two = (

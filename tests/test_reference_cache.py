@@ -140,7 +140,13 @@ def rows_in(folder: Path) -> set[Path]:
     return set(folder.rglob("*.safetensors"))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name in ("rsv", "dpo", "undial", "accumulation") else [])
+        for name in CASES
+    ],
+)
 def test_both_caches_give_what_none_gives(make_trainer, tmp_path, monkeypatch, name):
     settings, peft_config = CASES[name]
     tolerance = 1e-2 if name == "bf16 autocast" else 1e-6
@@ -161,7 +167,9 @@ def test_both_caches_give_what_none_gives(make_trainer, tmp_path, monkeypatch, n
     assert read[2] < filling[2] < expected[2]
 
 
-@pytest.mark.parametrize("kind", ["reference", "prefix", "both"])
+@pytest.mark.parametrize(
+    "kind", [pytest.param("reference", marks=pytest.mark.slow), pytest.param("prefix", marks=pytest.mark.slow), "both"]
+)
 @pytest.mark.parametrize("settings", [RMU, NPO], ids=["rmu", "npo"])
 def test_rows_alone_are_the_same_to_the_last_bit(make_trainer, tmp_path, settings, kind):
     """Without company a row has no padding, and its products have one shape."""

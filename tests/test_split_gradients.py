@@ -309,6 +309,7 @@ def test_a_probe_near_chance_is_refused_before_the_first_step(make):
         make(**PLAIN, probe_weight=0.5)  # a dozen rows of the same kind
 
 
+@pytest.mark.slow
 def test_prism_by_one_command_is_the_same_on_two_processes(known_model, tofu_rows, tmp_path):
     """Stage 1 trains the probe, which all processes then share; stage 2 forgets with it."""
     # Three whole steps: several processes fill up a short last one with rows from the epoch's start

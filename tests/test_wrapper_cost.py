@@ -147,6 +147,7 @@ def test_null_space_projects_gradients_and_weights_once() -> None:
     assert flops_of(NPO, "retain_null_space") == flops_of(NPO, None) + products
 
 
+@pytest.mark.slow
 def test_memory_in_copies_of_the_trained_tensors(monkeypatch) -> None:
     """With hardly any activations: what `docs/robustness.md` says. A third of a copy is one of the three matrices."""
     for name, value in {"LENGTH": 4, "ROWS": 1, "HIDDEN": 64, "INTERMEDIATE": 172}.items():

@@ -199,7 +199,18 @@ def destroyed(original, known_model):
     return dataclasses.replace(original, model=model)
 
 
-@pytest.mark.parametrize("name", [name for name in LESS if name != "adapter_removal"])
+# Every entry: some in every run, the others in the slow one
+_QUICK = ("relearn", "quantize", "prefill", "latent_pgd")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in _QUICK else [pytest.mark.slow])
+        for name in LESS
+        if name != "adapter_removal"
+    ],
+)
 def test_low_leakage_of_a_destroyed_model_is_seen_by_its_utility(destroyed, data, name):
     """It leaks nothing because it says nothing: every entry shows that."""
     result, _ = attack(name, destroyed, None, data, **LESS[name])

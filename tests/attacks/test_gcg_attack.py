@@ -41,7 +41,7 @@ def test_without_the_package_the_error_says_what_to_install(tiny_model_path, tof
 
 
 @needs_nanogcg
-@pytest.mark.parametrize("name", CHECKPOINTS)
+@pytest.mark.parametrize("name", [pytest.param("tinystories-1m", marks=pytest.mark.slow), "tinystories-260k"])
 def test_two_runs_agree_and_leave_model_and_tokenizer(data_dir, tofu_rows, tmp_path, name):
     """It gives a tokenizer without a chat template one, and seeds the global generator: neither may stay."""
     attacked, data = attacked_at(data_dir / name), short_rows(attack_data(tofu_rows, tmp_path, num_rows=2))
@@ -70,7 +70,7 @@ def found(monkeypatch):
 
 
 @needs_nanogcg
-@pytest.mark.parametrize("name", CHECKPOINTS)
+@pytest.mark.parametrize("name", [pytest.param("tinystories-1m", marks=pytest.mark.slow), "tinystories-260k"])
 def test_the_suffix_raises_the_answer_that_it_was_found_for(data_dir, tofu_rows, tmp_path, found, name):
     """By the forward of the tests, not by the loss that the search reports."""
     attacked, data = attacked_at(data_dir / name), short_rows(attack_data(tofu_rows, tmp_path, num_rows=2))

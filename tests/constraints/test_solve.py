@@ -507,6 +507,7 @@ def test_history(random_model):
 # ---- Two processes
 
 
+@pytest.mark.slow
 def test_two_processes_solve_what_one_solves(random_model, tmp_path):
     """And both end with the same edit, to the bit, or with the same error."""
     random_model().save_pretrained(tmp_path / "model")

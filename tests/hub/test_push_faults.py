@@ -98,7 +98,14 @@ def check_message(outcome) -> None:
     assert "Traceback" not in outcome.err and outcome.err.count("Error: ") == outcome.code
 
 
-@pytest.mark.parametrize("existing, when", [(False, "before"), (False, "after"), (True, "after")])
+@pytest.mark.parametrize(
+    "existing, when",
+    [
+        pytest.param(False, "before", marks=pytest.mark.slow),
+        pytest.param(False, "after", marks=pytest.mark.slow),
+        (True, "after"),
+    ],
+)
 def test_every_request_fails(hub, push, release, prepare, when, existing):
     """Once, as a gateway does, and from then on, as an outage does; before and after it took effect."""
     prepare(existing)
@@ -123,7 +130,7 @@ def test_every_request_fails(hub, push, release, prepare, when, existing):
     assert failed[True] > 5 and failed[False] > 1
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("when", ["before", pytest.param("after", marks=pytest.mark.slow)])
 def test_connections_are_dropped_at_what_writes(hub, push, release, prepare, when):
     prepare(False)
     assert push(release).code == 0

@@ -206,6 +206,7 @@ def test_a_name_in_the_message_stops_the_push_and_not_the_training(hub, released
     assert NAME not in str(hub.sent())
 
 
+@pytest.mark.slow
 def test_two_processes_send_one_release(hub, run):
     hub.reset()
     first, second = run({"two": {"kind": "plain", "repo": "alice/two"}}, processes=2)

@@ -410,6 +410,7 @@ def test_modes_are_given_back(model, known, tokenizer, rows, args):
     known.eval()
 
 
+@pytest.mark.slow
 def test_two_processes(tiny_model_path, known_model, rows, expected, tmp_path):
     spec = {"model": tiny_model_path, "judge": known_model, "output": str(tmp_path), "sets": rows, "world_size": 2}
     (tmp_path / "spec.json").write_text(json.dumps(spec))

@@ -194,6 +194,7 @@ def test_row_order(expected, model, base, tokenizer, members, others, args):
     assert_same(result, expected)
 
 
+@pytest.mark.slow
 def test_two_processes(known_model, tiny_model_path, model, base, tokenizer, members, others, args, tmp_path):
     """An odd number of rows, one of them without an answer."""
     forget = [*members.select(range(4)), {"question": "Who?", "answer": ""}]

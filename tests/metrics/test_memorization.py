@@ -270,6 +270,7 @@ def test_modes_are_given_back(model, tokenizer, args, questions):
         model.eval()
 
 
+@pytest.mark.slow
 def test_two_processes(model, tokenizer, tiny_model_path, args, passages, questions, expected, tofu_rows, tmp_path):
     """Also of multiple choice; the second process has nothing of a set of one row."""
     choices = {"world_facts": tofu_rows("world_facts")[:5], "retain": tofu_rows("retain_perturbed")[:1]}

@@ -527,6 +527,7 @@ def test_modes_are_given_back(model, tokenizer, rows, args):
     model.eval()
 
 
+@pytest.mark.slow
 def test_two_processes(refusing, tokenizer, rows, expected, tmp_path):
     refusing.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")

@@ -297,6 +297,7 @@ def test_what_is_saved_when_an_epoch_ends_holds(plain, ids, tmp_path):
         assert max(next_probabilities(saved, contexts, token)) < LIMIT
 
 
+@pytest.mark.slow
 def test_two_processes_make_one_correction(tiny_model_path, ids, rows, tofu_rows, tmp_path):
     contexts, token = ids
     spec = {"model": tiny_model_path, "rows": rows, "module": MODULE, "contexts": contexts, "forbidden": [token]}

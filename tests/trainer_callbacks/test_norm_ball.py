@@ -208,6 +208,7 @@ def test_sft_with_a_lora_and_dpo(tiny_model_path, tofu_rows, tmp_path):
         assert max(seen.all()) == pytest.approx(0.02, rel=1e-3) and ball.distances["all"] == pytest.approx(0.02)
 
 
+@pytest.mark.slow
 def test_ddp_and_fsdp2_keep_the_same_ball(tiny_model_path, tmp_path):
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randint(3, 500, (16,), generator=generator).tolist() for _ in range(8)]

@@ -474,6 +474,7 @@ def test_counting_reads_lengths_alone():
     assert count_rows(Dataset.from_dict({"input_ids": [[1]] * 3}).filter(lambda row: False)) == DataSummary(0, 0)
 
 
+@pytest.mark.slow
 def test_two_processes_write_one_report_and_it_is_that_of_one(sets, tiny_model_path, tmp_path):
     rows = [row[:20] for row in sets["forget"]["input_ids"]]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
