@@ -19,6 +19,7 @@ another device, and which of the two tensors a parameter has is what the tests l
 looked at in `test_engines_gpu.py`.
 """
 
+import copy
 import json
 import subprocess
 import sys
@@ -211,6 +212,23 @@ def test_whoever_runs_them_brings_them(random_model):
     layers.remove()
     model(input_ids)
     assert not layers.is_on_device
+
+
+def test_a_copy_brings_its_own(random_model):
+    model = random_model(num_hidden_layers=4, tie_word_embeddings=False)
+    freeze_all_but(model, ["model.layers.1.mlp.down_proj.weight"])
+    layers = UnreadLayers(model, 1, torch.device("cpu"))
+    copied = copy.deepcopy(model)
+    input_ids = torch.tensor([[1, 2, 3]])
+    [hook] = copied.model.layers[2]._forward_pre_hooks.values()
+    assert torch.equal(copied(input_ids).logits, model(input_ids).logits)
+    layers.leave()
+    own = hook.__self__
+    own.leave()
+    copied(input_ids)
+    assert own.is_on_device
+    assert not layers.is_on_device
+    assert {id(parameter) for parameter, _ in own.on_host} <= {id(parameter) for parameter in copied.parameters()}
 
 
 def test_what_is_tied_or_trained_stays(random_model):
