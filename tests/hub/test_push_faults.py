@@ -327,6 +327,7 @@ def test_a_full_disk(hub, push, release, prepare, tmp_path):
     watch.check_finished()
 
 
+@pytest.mark.slow
 def test_it_is_killed(hub, push, release, prepare, run_process, base, token, tmp_path):
     """SIGKILL 50 times, at random moments: half of them at a new repository, half at one with a release."""
     words = ("push", release, NAME, "--base", base, "--forget", tmp_path / "forget.jsonl")
