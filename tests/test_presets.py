@@ -231,6 +231,7 @@ def test_missing_configuration_split_and_column(tofu_rows, tmp_path):
 def test_a_broken_file_is_not_repeated(tmp_path):
     source = write(tmp_path / "muse", MUSE)
     (tmp_path / "muse" / "verbmem" / "forget-00000-of-00001.json").write_text('{"prompt": "Secret" words')
-    with pytest.raises(ValueError, match="cannot be loaded") as error:
+    # Older versions of `datasets` say a ValueError of such a file, too
+    with pytest.raises(ValueError, match="cannot be loaded|does not have the configuration") as error:
         load_muse(source=source)
     assert "Secret" not in str(error.value)

@@ -207,10 +207,14 @@ def test_differences_are_paired_by_seed(report) -> None:
     assert difference["verdict"] == "higher"
 
 
+def rounded(values: dict) -> dict:
+    return json.loads(json.dumps(values), parse_float=lambda text: round(float(text), 9))
+
+
 def test_docs_show_what_follows_from_the_stored_runs(benchmark, report) -> None:
     stored = json.loads((ROOT / "benchmarks" / "results" / "what_holds_cpu.json").read_text(encoding="utf-8"))
     summary = report.summarize(stored["runs"])
-    assert json.loads(json.dumps(summary)) == stored["summary"]
+    assert rounded(summary) == rounded(stored["summary"])  # SciPy's quantiles differ in the last digits
     page = (ROOT / "docs" / "what_holds.md").read_text(encoding="utf-8")
     for name, table in report.format_tables(summary).items():
         assert table in page, name

@@ -134,7 +134,11 @@ class LoopbackHub:
 
         self._servers = [ThreadingHTTPServer(("127.0.0.1", 0), Handler) for _ in range(2)]
         self._threads = [Thread(target=server.serve_forever, args=(0.05,), daemon=True) for server in self._servers]
-        self.endpoint, self.storage = (f"http://127.0.0.1:{server.server_port}" for server in self._servers)
+        # Two hosts, as the real ones are: older clients hold another port of one host for the Hub, and send the token
+        hosts = ("127.0.0.1", "localhost")
+        self.endpoint, self.storage = (
+            f"http://{host}:{server.server_port}" for host, server in zip(hosts, self._servers, strict=True)
+        )
         self.reset()
 
     def reset(self) -> None:
@@ -210,7 +214,7 @@ class LoopbackHub:
         no_proxy = {name: "" for name in os.environ if name.lower() in ("http_proxy", "https_proxy", "all_proxy")}
         return {
             **no_proxy,
-            "NO_PROXY": "127.0.0.1",
+            "NO_PROXY": "127.0.0.1,localhost",
             "HF_ENDPOINT": self.endpoint,
             "HF_HOME": str(home),
             "HF_TOKEN": token,
