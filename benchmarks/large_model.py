@@ -59,7 +59,8 @@ SHAPES = {
     "tiny": {**step_cost.zephyr_shape(64), "LAYERS": 10, "HEADS": 4, "GROUP": 4},
 }
 LORA = LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules="all-linear")
-RMU, NPO = (step_cost.DEEP_CASES[name].settings for name in step_cost.DEEP_CASES)
+NAIVE = {"rmu": step_cost.DEEP_CASES["rmu, layer 7 of 32"], "npo": step_cost.DEEP_CASES["npo + kl, 32 layers"]}
+RMU, NPO = NAIVE["rmu"].settings, NAIVE["npo"].settings
 # Name -> settings, adapter, and the naive step that it is compared with
 CASES: dict[str, tuple[dict[str, Any], LoraConfig | None, str]] = {
     "rmu, layer 7": (RMU, None, "rmu"),
@@ -93,7 +94,9 @@ class OurStep:
     """A step of [`UnlearnTrainer`], as `Trainer.train` makes it."""
 
     def __init__(self, settings: dict[str, Any], adapter: LoraConfig | None, seed: int, device: str):
-        sets = {name: Dataset.from_dict({"input_ids": rows.tolist()}) for name, rows in _rows(seed).items()}
+        sets = {
+            name: Dataset.from_dict({"input_ids": rows.tolist()}) for name, rows in step_cost.make_rows(seed).items()
+        }
         scope = {} if adapter else {"trainable_layers": "5-7", "trainable_modules": ["mlp.down_proj"]}
         tokenizer = Tokenizer(WordLevel({"<pad>": 0}, unk_token="<pad>"))
         with tempfile.TemporaryDirectory() as folder:
@@ -138,13 +141,8 @@ class NaiveStep(step_cost.NaiveStep):
     """The naive step, in bfloat16 throughout."""
 
     def __init__(self, name: str, seed: int, device: str):
-        case = {"rmu": "rmu, layer 7 of 32", "npo": "npo + kl, 32 layers"}[name]
-        super().__init__(step_cost.DEEP_CASES[case], seed, device)
+        super().__init__(NAIVE[name], seed, device)
         self.control_vector = self.control_vector.to(torch.bfloat16)
-
-
-def _rows(seed: int) -> dict[str, Tensor]:
-    return step_cost.make_rows(seed)
 
 
 def measure(step: Any, device: str, repeats: int) -> dict[str, float]:
@@ -156,10 +154,10 @@ def measure(step: Any, device: str, repeats: int) -> dict[str, float]:
         torch.cuda.reset_peak_memory_stats()
     seconds = []
     for _ in range(repeats):
-        step_cost._synchronize(device)
+        step_cost.synchronize(device)
         start = time.perf_counter()
         step_cost.run_step(step)
-        step_cost._synchronize(device)
+        step_cost.synchronize(device)
         seconds.append(time.perf_counter() - start)
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else 0
     flops = sum(step_cost.count_flops(step).values())
@@ -173,10 +171,10 @@ def measure_rates(device: str, size: int) -> dict[str, float]:
     def best(function: Callable[[], Any]) -> float:
         seconds = []
         for _ in range(5):
-            step_cost._synchronize(device)
+            step_cost.synchronize(device)
             start = time.perf_counter()
             function()
-            step_cost._synchronize(device)
+            step_cost.synchronize(device)
             seconds.append(time.perf_counter() - start)
         return min(seconds)
 
@@ -202,7 +200,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         results[name] = {**result, "roofline": roofline(result, rates, weight_bytes, passes=4)}
         print(f"{name}: {result['seconds']:.3f} s", file=sys.stderr, flush=True)
 
-    for naive in ("rmu", "npo"):
+    for naive in NAIVE:
         add(f"naive {naive}", NaiveStep(naive, options.seed, options.device), step_cost.LAYERS)
         for name, (settings, adapter, compared) in CASES.items():
             if compared == naive:
@@ -249,8 +247,7 @@ def main() -> None:
         parser.error("--device cuda: torch finds no CUDA device")
     datasets.disable_progress_bars()
     step_cost.make_model = lambda seed: make_model(seed, options.device)  # of the naive step
-    shape = SHAPES[options.shape]
-    vars(step_cost).update(shape)
+    vars(step_cost).update(SHAPES[options.shape])
     report = run(options)
     print(format_table(report))
     if options.json:

@@ -520,10 +520,10 @@ def measure_seconds(steps: dict[str, Step], repeats: int, device: str) -> dict[s
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for repeat in range(-WARMUP_STEPS, repeats):
         for name, step in steps.items():
-            _synchronize(device)
+            synchronize(device)
             start = time.perf_counter()
             run_step(step)
-            _synchronize(device)
+            synchronize(device)
             if repeat >= 0:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
@@ -534,10 +534,10 @@ def measure_product_rate(device: str, size: int = 2048, repeats: int = 5) -> flo
     left, right = (torch.randn(size, size, device=device) for _ in range(2))
     seconds = []
     for _ in range(repeats):
-        _synchronize(device)
+        synchronize(device)
         start = time.perf_counter()
         left @ right
-        _synchronize(device)
+        synchronize(device)
         seconds.append(time.perf_counter() - start)
     return 2 * size**3 / min(seconds)
 
@@ -547,7 +547,7 @@ def ratio_of_pairs(seconds: list[float], naive_seconds: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(seconds, naive_seconds, strict=True))
 
 
-def _synchronize(device: str) -> None:
+def synchronize(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
 

@@ -14,7 +14,7 @@
 """What the losses of a run read, and the passes over a micro-batch that compute that and nothing else."""
 
 from collections.abc import Callable, Iterable
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -471,7 +471,7 @@ class Passes:
         return decoder.head.is_trained
 
     def _without_dropout(self, model: nn.Module) -> Any:
-        return nullcontext() if self.args.disable_dropout else _evaluation_mode(model)
+        return nullcontext() if self.args.disable_dropout else evaluation_mode(model)
 
 
 def counted_mask(batch: Tensors, unit: str) -> Tensor:
@@ -517,13 +517,3 @@ def of_topic(values: Tensor, batch: Tensors) -> Tensor:
 
 def _identity(logits: Tensor) -> Tensor:
     return logits
-
-
-@contextmanager
-def _evaluation_mode(model: nn.Module) -> Any:
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)

@@ -190,6 +190,8 @@ class UnlearnTrainer(SplitGradientTrainer):
         args = complete_args(args, model)
         if args.push_to_hub:
             check_pushing(args)
+        if args.padding_free and data_collator is not None:
+            raise ValueError("padding_free=True needs the collator of this trainer: leave data_collator out.")
         objective = Objective(args)
         train_dataset, retain_dataset = split_sets(train_dataset, retain_dataset, args)
 
@@ -299,8 +301,6 @@ class UnlearnTrainer(SplitGradientTrainer):
             with self.accelerator.autocast():
                 objective.find_prefixes(self.model)
         if args.padding_free:
-            if data_collator is not None:
-                raise ValueError("padding_free=True needs the collator of this trainer: leave data_collator out.")
             with self.accelerator.autocast(), evaluation_mode(self.model):
                 check_packing(inner_model(self.model), objective.last_layer)
             if "flash" not in inner_model(self.model).config.get_text_config()._attn_implementation:

@@ -106,7 +106,7 @@ class UnreadLayers:
         last_layer (`int`):
             The last 0-based layer that a step runs. One layer above it, or more.
         device (`torch.device`):
-            Where steps run.
+            Where steps run. What lies on another accelerator goes back to that.
 
     Attributes:
         num_bytes (`int`): size of what is not held on the device.
@@ -129,10 +129,11 @@ class UnreadLayers:
     """
 
     def __init__(self, model: PreTrainedModel, last_layer: int, device: torch.device):
-        self.device = device
-        self.on_host: list[tuple[nn.Parameter, Tensor]] = [
-            (parameter, parameter.detach().cpu()) for parameter in unread_parameters(model, last_layer)
-        ]
+        # On the meta device is what accelerate keeps in host memory or on disk by itself
+        parameters = [each for each in unread_parameters(model, last_layer) if not each.is_meta]
+        # A `device_map` may have put layers on several devices
+        self._devices = [device if each.device.type == "cpu" else each.device for each in parameters]
+        self.on_host: list[tuple[nn.Parameter, Tensor]] = [(each, each.detach().cpu()) for each in parameters]
         self.is_on_device = False
         self._hook = decoder_layers(model)[1][last_layer + 1].register_forward_pre_hook(self._before_forward)
         self.leave()
@@ -147,8 +148,8 @@ class UnreadLayers:
     def fetch(self) -> None:
         """Brings the weights to the device, unless they are there."""
         if not self.is_on_device:
-            for parameter, value in self.on_host:
-                parameter.data = value.to(self.device, copy=True)
+            for (parameter, value), device in zip(self.on_host, self._devices, strict=True):
+                parameter.data = value.to(device, copy=True)
             self.is_on_device = True
 
     def leave(self) -> None:

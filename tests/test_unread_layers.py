@@ -26,11 +26,12 @@ import sys
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from datasets import Dataset
 from distributed import unread_layers_worker
 from peft import LoraConfig
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 import hf_unlearn.unread_layers
 from hf_unlearn import UnlearnConfig, UnlearnTrainer
@@ -242,17 +243,28 @@ def test_what_is_tied_or_trained_stays(random_model):
     assert "model.layers.3.mlp.down_proj.weight" not in waiting
 
 
-def test_a_plain_trainer_would_have_moved_them(tiny_model_path):
-    """The trap: without hiding, both of the Trainer's moves take everything."""
+def test_what_is_hidden_is_empty_and_comes_back(tiny_model_path):
     model = make_model(tiny_model_path)
     freeze_all_but(model, ["model.layers.1.mlp.down_proj.weight"])
     layers = UnreadLayers(model, 2, torch.device("cpu"))
-    empty = []
     with layers.hidden():
-        empty = [parameter.numel() for parameter, _ in layers.on_host]
-    assert set(empty) == {0}
+        assert {parameter.numel() for parameter, _ in layers.on_host} == {0}
     assert all(parameter.data_ptr() == value.data_ptr() for parameter, value in layers.on_host)
-    assert Trainer._move_model_to_device is UnlearnTrainer._move_model_to_device
+
+
+def test_what_is_kept_elsewhere_is_left_there(random_model):
+    """A model that accelerate has offloaded: its weights are on the meta device, and it brings them by itself."""
+    model = random_model(num_hidden_layers=4, tie_word_embeddings=False)
+    freeze_all_but(model, ["model.layers.1.mlp.down_proj.weight"])
+    input_ids = torch.tensor([[1, 2, 3]])
+    expected = model(input_ids).logits
+    cpu_offload(model.model.layers[3], torch.device("cpu"))
+    layers = UnreadLayers(model, 1, torch.device("cpu"))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    waiting = {names[id(parameter)] for parameter, _ in layers.on_host}
+    assert "model.layers.2.mlp.up_proj.weight" in waiting
+    assert not any(name.startswith("model.layers.3.") for name in waiting)
+    assert torch.equal(model(input_ids).logits, expected)
 
 
 @pytest.mark.slow
