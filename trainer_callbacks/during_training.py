@@ -18,9 +18,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from datasets import Dataset
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase, TrainerState
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from hf_unlearn.metrics.rows import EvaluationRow, prepare_rows
 
@@ -68,6 +69,26 @@ def require_whole_weights(model: nn.Module) -> None:
             "The callback runs the model on its own, which sharded weights (FSDP2) do not allow: leave it out, or "
             "train with DDP."
         )
+
+
+def require_tensors(callback: str) -> None:
+    """
+    Refuses DeepSpeed ZeRO-3, under which every parameter is an empty tensor outside of a forward: what looks at the
+    weights would find nothing, and pass.
+
+    Raises:
+        `ValueError`: the run uses ZeRO-3.
+    """
+    if is_deepspeed_zero3_enabled():
+        raise ValueError(
+            f"{callback} needs the weights, which DeepSpeed ZeRO-3 partitions away: leave the callback out, or train "
+            "with FSDP2, DDP or ZeRO stage 2."
+        )
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor: its shard under FSDP2, else all of it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_unlearn.trainer_callbacks.during_training import add_to_history
+from hf_unlearn.trainer_callbacks.during_training import add_to_history, local_part, require_tensors
 
 
 class NormBallCallback(TrainerCallback):
@@ -36,7 +36,7 @@ class NormBallCallback(TrainerCallback):
 
     It keeps one copy of what it watches, taken when the trainer is made, and where that is not the beginning (a
     callback that was added later) when training begins. A run that is resumed needs a trainer that starts from the
-    same weights; their hash is compared with that in the state of the checkpoint. DeepSpeed ZeRO-3 is not covered: it
+    same weights; their hash is compared with that in the state of the checkpoint. DeepSpeed ZeRO-3 is refused: it
     partitions tensors away.
 
     Args:
@@ -96,6 +96,7 @@ class NormBallCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
+        require_tensors("NormBallCallback")
         self._watched = self._chosen(model)
         if state.global_step == 0:
             # Anew: what was loaded or initialized after the trainer was made is where this run begins
@@ -121,9 +122,9 @@ class NormBallCallback(TrainerCallback):
         scales = {group: self._radii[group] / norm for group, norm in norms.items()}  # infinite where nothing moved
         self._distances = {group: norm * scales[group].clamp(max=1.0) for group, norm in norms.items()}
         for name, parameter in self._watched.items():
-            here, change = _shard(parameter), _shard(changes[name])
+            here, change = local_part(parameter), local_part(changes[name])
             scale = scales[name if self.per_tensor else "all"].to(here.device)
-            projected = (_shard(self._start[name]).float() + scale * change).to(here.dtype)
+            projected = (local_part(self._start[name]).float() + scale * change).to(here.dtype)
             # Chosen and not multiplied by 1: what lies within must not be rounded once more
             here.copy_(torch.where(scale < 1, projected, here))
 
@@ -180,8 +181,3 @@ def _as(start: Tensor, parameter: nn.Parameter) -> Tensor:
 def _whole(tensor: Tensor) -> Tensor:
     """All of a tensor, or a sum over all of its shards."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def _shard(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

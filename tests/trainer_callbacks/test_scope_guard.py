@@ -13,16 +13,23 @@
 # limitations under the License.
 """ScopeGuardCallback on a plain Trainer, on TRL's SFTTrainer and on UnlearnTrainer."""
 
+import json
+import re
+import subprocess
+import sys
+
 import pytest
 import torch
 from datasets import Dataset
+from distributed import scope_guard_worker
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 from trl import SFTConfig, SFTTrainer
 
 from hf_unlearn import UnlearnConfig, UnlearnTrainer
 from hf_unlearn.scope import freeze_all_but
-from hf_unlearn.trainer_callbacks import ScopeGuardCallback, ScopeViolationError
+from hf_unlearn.trainer_callbacks import NormBallCallback, ScopeGuardCallback, ScopeViolationError
 
 
 NAME = "model.layers.1.mlp.down_proj.weight"
@@ -125,3 +132,40 @@ def test_on_unlearn_trainer_the_reference_swap_leaves_no_trace(tiny_model_path, 
     )
     trainer.train()
     assert len(guard._digests) >= 38
+
+
+def test_shards_are_told_apart(tiny_model_path, tmp_path):
+    """
+    FSDP2's tensors all have the data pointer 0: told apart by it, one trained shard made every other one free. And
+    what one process finds ends the run in both.
+    """
+    spec = tmp_path / "spec.json"
+    spec.write_text(json.dumps({"model": tiny_model_path, "output": str(tmp_path)}))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launcher, scope_guard_worker.__file__, str(spec)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-3000:]
+    for rank in range(2):
+        ends = json.loads((tmp_path / f"ends{rank}.json").read_text())
+        assert ends["clean"] is None and ends["allowed"] is None
+        for name in ("meddled", "meddled elsewhere"):
+            message = rf"1 of 4\d tensors .*: {re.escape(scope_guard_worker.FROZEN)}\."
+            assert re.fullmatch(message, ends[name]), (rank, name)
+
+
+class _Stage3:
+    def is_zero3(self):
+        return True
+
+
+@pytest.mark.parametrize("callback", [ScopeGuardCallback(), NormBallCallback(0.1)])
+def test_zero_3_is_refused(plain, callback):
+    """Every parameter is empty there: a hash of nothing equals itself."""
+    settings = _Stage3()
+    trainer = plain(callback)
+    set_hf_deepspeed_config(settings)
+    try:
+        with pytest.raises(ValueError, match=f"{type(callback).__name__} needs the weights.*leave the callback out"):
+            callback.on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
+    finally:
+        unset_hf_deepspeed_config()
