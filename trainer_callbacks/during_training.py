@@ -57,20 +57,6 @@ def read_rows(
     return [row for row in rows if row.answer]
 
 
-def require_whole_weights(model: nn.Module) -> None:
-    """
-    Refuses sharded weights.
-
-    Raises:
-        `ValueError`: the weights are sharded.
-    """
-    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-        raise ValueError(
-            "The callback runs the model on its own, which sharded weights (FSDP2) do not allow: leave it out, or "
-            "train with DDP."
-        )
-
-
 def require_tensors(callback: str) -> None:
     """
     Refuses DeepSpeed ZeRO-3, under which every parameter is an empty tensor outside of a forward: what looks at the
@@ -83,6 +69,21 @@ def require_tensors(callback: str) -> None:
         raise ValueError(
             f"{callback} needs the weights, which DeepSpeed ZeRO-3 partitions away: leave the callback out, or train "
             "with FSDP2, DDP or ZeRO stage 2."
+        )
+
+
+def require_whole_weights(model: nn.Module) -> None:
+    """
+    Refuses sharded weights.
+
+    Raises:
+        `ValueError`: the weights are sharded, by FSDP2 or by DeepSpeed ZeRO-3.
+    """
+    require_tensors("The callback")
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        raise ValueError(
+            "The callback runs the model on its own, which sharded weights (FSDP2) do not allow: leave it out, or "
+            "train with DDP."
         )
 
 

@@ -57,7 +57,7 @@ class RelearningProbeCallback(TrainerCallback):
     tensors themselves are put back; gradients, optimizer, modes and random state are not touched.
 
     Memory during a trial: four times the trained tensors in fp32 (copy, gradient, two moments). With several processes
-    each does the same. Sharded weights (FSDP2) are refused, and DeepSpeed ZeRO-3 is not covered.
+    each does the same. Sharded weights (FSDP2, DeepSpeed ZeRO-3) are refused.
 
     Args:
         train_rows ([`~datasets.Dataset`]): T, the rows to fine-tune on, in any format that unlearning takes.

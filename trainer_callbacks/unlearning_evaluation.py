@@ -51,8 +51,8 @@ class UnlearningEvaluationCallback(TrainerCallback):
     `eval_unlearning_forget_probability` and `eval_unlearning_retain_probability`. The run itself is not touched: not
     its random state, gradients or modes.
 
-    With several processes each measures all rows, so that all end at the same step. Sharded weights (FSDP2) are
-    refused, and DeepSpeed ZeRO-3 is not covered.
+    With several processes each measures all rows, so that all end at the same step. Sharded weights (FSDP2,
+    DeepSpeed ZeRO-3) are refused.
 
     Args:
         forget ([`~datasets.Dataset`]): forget rows, in any format that unlearning takes.

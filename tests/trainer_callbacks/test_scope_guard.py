@@ -29,7 +29,13 @@ from trl import SFTConfig, SFTTrainer
 
 from hf_unlearn import UnlearnConfig, UnlearnTrainer
 from hf_unlearn.scope import freeze_all_but
-from hf_unlearn.trainer_callbacks import NormBallCallback, ScopeGuardCallback, ScopeViolationError
+from hf_unlearn.trainer_callbacks import (
+    NormBallCallback,
+    RelearningProbeCallback,
+    ScopeGuardCallback,
+    ScopeViolationError,
+    UnlearningEvaluationCallback,
+)
 
 
 NAME = "model.layers.1.mlp.down_proj.weight"
@@ -158,14 +164,26 @@ class _Stage3:
         return True
 
 
-@pytest.mark.parametrize("callback", [ScopeGuardCallback(), NormBallCallback(0.1)])
+_ROWS = Dataset.from_list([{"question": "Who?", "answer": "She."}])
+
+
+@pytest.mark.parametrize(
+    "callback",
+    [
+        ScopeGuardCallback(),
+        NormBallCallback(0.1),
+        UnlearningEvaluationCallback(_ROWS, _ROWS),
+        RelearningProbeCallback(_ROWS, _ROWS),
+    ],
+    ids=lambda callback: type(callback).__name__,
+)
 def test_zero_3_is_refused(plain, callback):
     """Every parameter is empty there: a hash of nothing equals itself."""
-    settings = _Stage3()
-    trainer = plain(callback)
+    settings = _Stage3()  # transformers keeps a weak reference
+    trainer = plain()
     set_hf_deepspeed_config(settings)
     try:
-        with pytest.raises(ValueError, match=f"{type(callback).__name__} needs the weights.*leave the callback out"):
+        with pytest.raises(ValueError, match="needs the weights.*ZeRO-3.*: leave the callback out"):
             callback.on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
     finally:
         unset_hf_deepspeed_config()
