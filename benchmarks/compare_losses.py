@@ -28,7 +28,6 @@ import json
 import math
 import multiprocessing
 import os
-import platform
 import statistics
 import sys
 import time
@@ -36,7 +35,6 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +46,7 @@ import datasets  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from datasets import Dataset  # noqa: E402
+from machine import describe_processor, describe_versions  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase  # noqa: E402
 from transformers.trainer_callback import PrinterCallback  # noqa: E402
@@ -621,15 +620,6 @@ def _without_ratios(run: Run) -> Run:
     return {key: value for key, value in run.items() if key != "truth_ratios"}
 
 
-def describe_machine() -> dict[str, Any]:
-    processor = platform.processor() or platform.machine()
-    if os.path.isfile("/proc/cpuinfo"):
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
-        processor = names[0] if names else processor
-    return {"cpu": processor, "cores": os.cpu_count(), "torch_threads": 1}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="All forget losses on TOFU rows in a small trained model.")
     parser.add_argument(
@@ -661,12 +651,13 @@ def main() -> None:
     if options.figure:
         draw_figure(comparison["summary"], comparison["models"], options.figure)
     if options.json:
-        packages = ("torch", "transformers", "accelerate", "datasets", "scipy", "rouge-score", "hf-unlearn")
         report = {
             "command": f"python benchmarks/compare_losses.py --work_dir DIR --jobs {options.jobs}"
             + (f" --losses {options.losses}" if options.losses else ""),
-            "machine": describe_machine(),
-            "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+            "machine": {**describe_processor(), "torch_threads": 1},
+            "versions": describe_versions(
+                "torch", "transformers", "accelerate", "datasets", "scipy", "rouge-score", "hf-unlearn"
+            ),
             "base_model": BASE,
             "max_new_tokens": MAX_NEW_TOKENS,
             "utility_share": UTILITY_SHARE,

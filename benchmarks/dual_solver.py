@@ -26,13 +26,12 @@ is also timed alone.
 
 import argparse
 import json
-import os
-import platform
 import time
-from importlib.metadata import version
 from typing import Any
 
 import torch
+from machine import describe_versions
+from measuring import describe_machine
 from torch import Tensor
 
 from hf_unlearn.constraints.dual import edit_from_multipliers, solve_dual
@@ -113,16 +112,6 @@ def _now(device: str) -> float:
     return time.perf_counter()
 
 
-def describe_machine(device: str) -> dict[str, Any]:
-    processor = platform.processor() or platform.machine()
-    if os.path.isfile("/proc/cpuinfo"):
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
-        processor = names[0] if names else processor
-    machine = {"cpu": processor, "cores": os.cpu_count(), "torch_threads": torch.get_num_threads()}
-    return machine if device == "cpu" else {"gpu": torch.cuda.get_device_name(), **machine}
-
-
 def format_table(cases: dict[str, list[dict[str, Any]]]) -> str:
     rows = [
         "| output directions | constraints | active | s | of it K | steps | residual | largest violation left |",
@@ -157,12 +146,11 @@ def main() -> None:
     }
     print(format_table(cases))
     if options.json:
-        packages = ("torch", "scipy", "hf-unlearn")
         report = {
             "command": f"python benchmarks/dual_solver.py --sizes {' '.join(map(str, options.sizes))} --repeats "
             f"{options.repeats} --device {options.device} --seed {options.seed}",
             "machine": describe_machine(options.device),
-            "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+            "versions": describe_versions("torch", "scipy", "hf-unlearn"),
             "target": {"constraints": TARGET_CONSTRAINTS, "width": WIDTH, "seconds": TARGET_SECONDS},
             "cases": cases,
         }

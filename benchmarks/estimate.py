@@ -17,27 +17,28 @@ What `hf-unlearn estimate` predicts against what a step of `UnlearnTrainer` take
     python benchmarks/estimate.py --json benchmarks/results/estimate_cpu.json
 
 FLOPs and peak memory over losses, scopes and wrappers, and as each size grows. The measured step is real: a model with
-values, the Trainer's loop, torch's FLOP counter and the storage tracer of `step_cost.py`. The prediction sees the
+values, the Trainer's loop, torch's FLOP counter and the storage tracer of `measuring.py`. The prediction sees the
 config alone.
 """
 
 import argparse
 import gc
 import json
-import platform
 import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
 import datasets
 import torch
 from datasets import Dataset
+from machine import describe_versions
+from measuring import PeakMemory, count_flops, describe_machine
 from peft import LoraConfig
-from step_cost import PeakMemory, count_flops, describe_machine
+from step_cost import run_step
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -355,13 +356,11 @@ def measure(case: Case) -> dict[str, int]:
             for model in map(inner_model, models):
                 memory.leave_out(unread_layers.unread_parameters(model, objective.last_layer))
         for _ in range(WARMUP_STEPS):
-            step.backward()
-            step.update()
+            run_step(step)
         gc.collect()
         memory.peak = memory.alive
-        step.backward()
-        step.update()
-    return {"flops": sum(count_flops(step).values()), "peak_bytes": memory.peak}
+        run_step(step)
+    return {"flops": sum(count_flops(partial(run_step, step)).values()), "peak_bytes": memory.peak}
 
 
 def predict(case: Case) -> Estimate:
@@ -453,11 +452,10 @@ def main() -> None:
     if set(groups) == set(GROUPS):
         print(format_costs(groups))
     if options.json:
-        packages = ("torch", "transformers", "accelerate", "peft", "hf-unlearn")
         report = {
             "command": "python benchmarks/estimate.py",
             "machine": describe_machine("cpu"),
-            "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+            "versions": describe_versions("torch", "transformers", "accelerate", "peft", "hf-unlearn"),
             "tolerance": TOLERANCE,
             "groups": groups,
         }

@@ -35,17 +35,16 @@ first is at least as good as the others at lower cost; no number of the paper st
 import argparse
 import json
 import os
-import platform
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from typing import Any
 
 import datasets
 import torch
 from datasets import Dataset
+from machine import describe_processor, describe_versions
 from scipy.stats import t as student_t
 from tqdm import tqdm
 from transformers import (
@@ -335,11 +334,8 @@ def main() -> None:
         seeds = " ".join(map(str, options.seeds))
         content = {
             "command": f"python benchmarks/intervention_ablation.py --seeds {seeds} --layer {options.layer}",
-            "machine": {"cpu": platform.processor() or platform.machine(), "torch_threads": 1},
-            "versions": {
-                "python": platform.python_version(),
-                **{name: version(name) for name in ("torch", "transformers", "hf-unlearn")},
-            },
+            "machine": {**describe_processor(), "torch_threads": 1},
+            "versions": describe_versions("torch", "transformers", "hf-unlearn"),
             "seconds": "CPU seconds of one run, model loading included",
             "attacks": {"resisted": ATTACK, "resisted_strong_attack": STRONG_ATTACK, "relaxed_tokens": 1},
             "summary": summaries,

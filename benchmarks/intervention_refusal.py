@@ -29,12 +29,10 @@ and of others; and the mean negative log-likelihood of stories that the model to
 import argparse
 import json
 import os
-import platform
 import random
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +43,9 @@ sys.path.insert(0, str(Path(__file__).parent))  # also where it is loaded by its
 
 import datasets  # noqa: E402
 import torch  # noqa: E402
-from compare_losses import BASE, describe_machine  # noqa: E402
+from compare_losses import BASE  # noqa: E402
 from datasets import Dataset  # noqa: E402
+from machine import describe_processor, describe_versions  # noqa: E402
 from torch import Tensor  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase  # noqa: E402
 from transformers.utils import logging  # noqa: E402
@@ -186,11 +185,12 @@ def main() -> None:
     print(f"Stories, nats per token: {before['story_nll']:.4f} → {after['story_nll']:.4f}")
     print(f"{edit['constraints']} constraints, ||D||/||W|| = {edit['relative_norm']:.3f}, {edit['seconds']} s")
     if options.json:
-        packages = ("torch", "transformers", "accelerate", "datasets", "peft", "trl", "hf-unlearn")
         report = {
             "command": "python benchmarks/intervention_refusal.py",
-            "machine": describe_machine(),
-            "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+            "machine": {**describe_processor(), "torch_threads": 1},
+            "versions": describe_versions(
+                "torch", "transformers", "accelerate", "datasets", "peft", "trl", "hf-unlearn"
+            ),
             "base_model": BASE,
             "settings": {
                 "seed": SEED,

@@ -31,11 +31,9 @@ paraphrased questions.
 import argparse
 import json
 import os
-import platform
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +44,9 @@ sys.path.insert(0, str(Path(__file__).parent))  # also where it is loaded by its
 
 import datasets  # noqa: E402
 import torch  # noqa: E402
-from compare_losses import BASE, ROWS_PER_AUTHOR, TEACHING, describe_machine, read_rows, teach  # noqa: E402
+from compare_losses import BASE, ROWS_PER_AUTHOR, TEACHING, read_rows, teach  # noqa: E402
 from datasets import Dataset  # noqa: E402
+from machine import describe_processor, describe_versions  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
@@ -223,11 +222,12 @@ def main() -> None:
         print(f"| {name} | {' | '.join(cells)} |")
     print(f"{edit['constraints']} constraints, ||D||/||W|| = {edit['relative_norm']:.3f}, {edit['seconds']} s")
     if options.json:
-        packages = ("torch", "transformers", "accelerate", "datasets", "peft", "trl", "hf-unlearn")
         report = {
             "command": "python benchmarks/intervention_tofu.py --work_dir DIR",
-            "machine": describe_machine(),
-            "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+            "machine": {**describe_processor(), "torch_threads": 1},
+            "versions": describe_versions(
+                "torch", "transformers", "accelerate", "datasets", "peft", "trl", "hf-unlearn"
+            ),
             "base_model": BASE,
             "teaching": teaching,
             "settings": {

@@ -27,13 +27,12 @@ import argparse
 import json
 import math
 import os
-import platform
 import time
 from collections import defaultdict
-from importlib.metadata import version
 from typing import Any
 
 import torch
+from machine import describe_processor, describe_versions
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.utils import logging
 
@@ -183,11 +182,8 @@ def main() -> None:
         content = {
             "command": "python benchmarks/intervention_word.py",
             "seeds": {"stories": 0, "samples": 1},
-            "machine": {"cpu": platform.processor() or platform.machine(), "torch_threads": 1},
-            "versions": {
-                "python": platform.python_version(),
-                **{name: version(name) for name in ("torch", "transformers", "hf-unlearn")},
-            },
+            "machine": {**describe_processor(), "torch_threads": 1},
+            "versions": describe_versions("torch", "transformers", "hf-unlearn"),
             "results": results,
         }
         with open(options.json, "w", encoding="utf-8") as file:

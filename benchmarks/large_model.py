@@ -30,13 +30,12 @@ over the time of the step.
 import argparse
 import gc
 import json
-import platform
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from importlib.metadata import version
+from functools import partial
 from typing import Any
 
 import datasets
@@ -44,6 +43,8 @@ import dual_solver
 import step_cost
 import torch
 from datasets import Dataset
+from machine import describe_versions
+from measuring import count_flops, describe_machine, synchronize
 from peft import LoraConfig
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -154,13 +155,13 @@ def measure(step: Any, device: str, repeats: int) -> dict[str, float]:
         torch.cuda.reset_peak_memory_stats()
     seconds = []
     for _ in range(repeats):
-        step_cost.synchronize(device)
+        synchronize(device)
         start = time.perf_counter()
         step_cost.run_step(step)
-        step_cost.synchronize(device)
+        synchronize(device)
         seconds.append(time.perf_counter() - start)
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else 0
-    flops = sum(step_cost.count_flops(step).values())
+    flops = sum(count_flops(partial(step_cost.run_step, step)).values())
     return {"seconds": statistics.median(seconds), "flops": flops, "peak_bytes": peak}
 
 
@@ -171,10 +172,10 @@ def measure_rates(device: str, size: int) -> dict[str, float]:
     def best(function: Callable[[], Any]) -> float:
         seconds = []
         for _ in range(5):
-            step_cost.synchronize(device)
+            synchronize(device)
             start = time.perf_counter()
             function()
-            step_cost.synchronize(device)
+            synchronize(device)
             seconds.append(time.perf_counter() - start)
         return min(seconds)
 
@@ -251,12 +252,11 @@ def main() -> None:
     report = run(options)
     print(format_table(report))
     if options.json:
-        packages = ("torch", "transformers", "accelerate", "peft", "hf-unlearn")
         report = {
             "command": f"python benchmarks/large_model.py --shape {options.shape} --device {options.device} "
             f"--repeats {options.repeats} --seed {options.seed}",
-            "machine": step_cost.describe_machine(options.device),
-            "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+            "machine": describe_machine(options.device),
+            "versions": describe_versions("torch", "transformers", "accelerate", "peft", "hf-unlearn"),
             **report,
         }
         with open(options.json, "w", encoding="utf-8") as file:

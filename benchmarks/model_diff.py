@@ -31,11 +31,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from machine import describe_processor, describe_versions
 
 from hf_unlearn.cards.diff import diff_models
 from hf_unlearn.cards.manifest import build_manifest, make_header
@@ -175,9 +175,8 @@ def main() -> int:
     if args.json:
         content = {
             "command": " ".join(["python", "benchmarks/model_diff.py", *sys.argv[1:]]),
-            "machine": {"processor": _processor(), "cores": os.cpu_count(), "platform": platform.system()},
-            "versions": {"python": platform.python_version()}
-            | {name: version(name) for name in ("numpy", "hf-unlearn")},
+            "machine": {**describe_processor(), "platform": platform.system()},
+            "versions": describe_versions("numpy", "hf-unlearn"),
             "model_bytes": math.floor(results[0]["bytes_of_both_models"] / 2),
             "shards": SHARDS,
             "matrices": args.matrices,
@@ -185,12 +184,6 @@ def main() -> int:
         }
         Path(args.json).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return int(any(result["peak_bytes"] > MEMORY_BOUND for result in results))
-
-
-def _processor() -> str:
-    path = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in path.read_text().splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 if __name__ == "__main__":

@@ -24,16 +24,15 @@ with it, by turns. At last, what one padded forward over two sets of equally lon
 
 import argparse
 import json
-import platform
 import statistics
 import tempfile
 import time
-from importlib.metadata import version
 
 import datasets
 import torch
 from datasets import Dataset
-from step_cost import describe_machine
+from machine import describe_versions
+from measuring import describe_machine
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.trainer_callback import PrinterCallback
@@ -170,12 +169,11 @@ def main() -> None:
     print(format_table(results))
     print(", ".join(f"{ratio:.2f} (4 rows of {length})" for length, ratio in together.items()))
     if options.json:
-        packages = ("torch", "transformers", "hf-unlearn")
         report = {
             "command": "python benchmarks/padding_free.py --forget tofu/forget10.json --retain tofu/retain90.json "
             f"--tokenizer MODEL --repeats {options.repeats} --seed {options.seed}",
             "machine": describe_machine("cpu"),
-            "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+            "versions": describe_versions("torch", "transformers", "hf-unlearn"),
             "results": results,
             "together": together,
         }

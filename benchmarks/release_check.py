@@ -33,7 +33,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from model_diff import MEMORY_BOUND, SHARDS, _bytes_read_by_process, _peak_memory, _processor, write_pair
+from machine import describe_processor, describe_versions
+from model_diff import MEMORY_BOUND, SHARDS, _bytes_read_by_process, _peak_memory, write_pair
 
 from hf_unlearn.cards import BaseModel, Data, DataSummary, Environment, LossTerm, Method, Scope, UnlearningReport
 from hf_unlearn.cards.builder import build_card
@@ -138,9 +139,8 @@ def main() -> int:
     if args.json:
         content = {
             "command": " ".join(["python", "benchmarks/release_check.py", *sys.argv[1:]]),
-            "machine": {"processor": _processor(), "cores": os.cpu_count(), "platform": platform.system()},
-            "versions": {"python": platform.python_version()}
-            | {name: version(name) for name in ("numpy", "hf-unlearn")},
+            "machine": {**describe_processor(), "platform": platform.system()},
+            "versions": describe_versions("numpy", "hf-unlearn"),
             "shards": SHARDS,
             "matrices": args.matrices,
             "rows": args.rows,

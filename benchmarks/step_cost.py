@@ -26,15 +26,13 @@ import copy
 import gc
 import json
 import os
-import platform
 import statistics
 import tempfile
 import time
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -42,12 +40,11 @@ import datasets
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
+from machine import describe_versions
+from measuring import PeakMemory, count_flops, describe_machine, measure_product_rate, synchronize
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.trainer_callback import PrinterCallback
 
@@ -378,24 +375,6 @@ def run_step(step: Step) -> None:
 # ---- FLOPs ----
 
 
-class _NoModules(nullcontext):
-    """
-    Stands in for the counter's tracker of modules. Only totals are read, and its hooks refuse modules that are
-    differentiated with `torch.autograd.grad` with respect to their input, as the language-model head is in our step.
-    """
-
-    parents = ("Global",)
-
-
-def count_flops(step: Step) -> dict[str, int]:
-    """FLOPs of one whole step by operation: matrix products, forward and backward; nothing else is counted."""
-    counter = FlopCounterMode(display=False)
-    counter.mod_tracker = _NoModules()
-    with counter:
-        run_step(step)
-    return {str(operation): flops for operation, flops in counter.get_flop_counts()["Global"].items()}
-
-
 def expected_flops(case: Case, variant: str) -> int:
     """The same by formula. A product of `(m, k)` and `(k, n)` is `2 m k n`; forward and gradients alike."""
     tokens, predicted = ROWS * LENGTH, ROWS * (LENGTH - 1)
@@ -435,51 +414,6 @@ def expected_flops(case: Case, variant: str) -> int:
 
 
 # ---- Memory ----
-
-
-class PeakMemory(TorchDispatchMode):
-    """
-    Bytes of all tensor storages that are alive, and their peak.
-
-    Sees every operation, the backward's included, and counts each storage it meets once, from then until it is freed.
-    What a kernel allocates and frees within itself is not seen.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.alive = 0
-        self.peak = 0
-        self._storages: set[int] = set()
-
-    def __torch_dispatch__(
-        self, func: Callable, types: tuple, args: tuple = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        output = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves((args, kwargs, output)):
-            if isinstance(leaf, Tensor):
-                self._add(leaf.untyped_storage())
-        return output
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
-        if key not in self._storages:
-            self._storages.add(key)
-            self.alive += storage.nbytes()
-            self.peak = max(self.peak, self.alive)
-            weakref.finalize(storage, self._remove, key, storage.nbytes())
-
-    def _remove(self, key: int, num_bytes: int) -> None:
-        if key in self._storages:
-            self._storages.discard(key)
-            self.alive -= num_bytes
-
-    def leave_out(self, tensors: Iterable[Tensor]) -> None:
-        """Counts these no more; nor what comes later to where they lie, so they have to live on."""
-        for tensor in tensors:
-            storage = tensor.untyped_storage()
-            if storage._cdata in self._storages:
-                self.alive -= storage.nbytes()
-            self._storages.discard(storage._cdata)
 
 
 def measure_peak_bytes(variant: str, case: Case, seed: int, device: str) -> int:
@@ -529,27 +463,9 @@ def measure_seconds(steps: dict[str, Step], repeats: int, device: str) -> dict[s
     return seconds
 
 
-def measure_product_rate(device: str, size: int = 2048, repeats: int = 5) -> float:
-    """FLOPs per second of one large matrix product, the best of some: the roof under which the steps run."""
-    left, right = (torch.randn(size, size, device=device) for _ in range(2))
-    seconds = []
-    for _ in range(repeats):
-        synchronize(device)
-        start = time.perf_counter()
-        left @ right
-        synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / min(seconds)
-
-
 def ratio_of_pairs(seconds: list[float], naive_seconds: list[float]) -> float:
     """Median of the ratios of neighbouring steps."""
     return statistics.median(a / b for a, b in zip(seconds, naive_seconds, strict=True))
-
-
-def synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 # ---- Equality ----
@@ -594,7 +510,7 @@ def _measure_case(
     differences = {name: relative_differences(step, steps["naive"]) for name, step in steps.items()}
     for difference in differences.values():
         require_equal(difference)  # before anything moves the weights
-    operations = {name: count_flops(step) for name, step in steps.items()}
+    operations = {name: count_flops(partial(run_step, step)) for name, step in steps.items()}
     seconds = measure_seconds(steps, repeats, device) if repeats else {}
     product_rate = measure_product_rate(device) if repeats else 0.0
     results = {}
@@ -613,16 +529,6 @@ def _measure_case(
             results[name]["ratio"]["seconds"] = ratio_of_pairs(seconds[name], seconds["naive"])
             results[name]["roofline"] = results[name]["flops"] / results[name]["seconds"] / product_rate
     return results
-
-
-def describe_machine(device: str) -> dict[str, Any]:
-    processor = platform.processor() or platform.machine()
-    if os.path.isfile("/proc/cpuinfo"):
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
-        processor = names[0] if names else processor
-    machine = {"cpu": processor, "cores": os.cpu_count(), "torch_threads": torch.get_num_threads()}
-    return machine if device == "cpu" else {"gpu": torch.cuda.get_device_name(), **machine}
 
 
 def format_table(cases: dict[str, dict[str, dict[str, Any]]]) -> str:
@@ -662,12 +568,11 @@ def main() -> None:
     }
     print(format_table(cases))
     if options.json:
-        packages = ("torch", "transformers", "accelerate", "hf-unlearn")
         report = {
             "command": f"python benchmarks/step_cost.py --repeats {options.repeats} --device {options.device} "
             f"--seed {options.seed}",
             "machine": describe_machine(options.device),
-            "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+            "versions": describe_versions("torch", "transformers", "accelerate", "hf-unlearn"),
             "bounds": {
                 name: {variant: case.bounds_of(variant) for variant in VARIANTS if case.bounds_of(variant)}
                 for name, case in ALL_CASES.items()

@@ -31,7 +31,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +38,9 @@ from typing import Any
 from what_holds import BEFORE, METHODS, NUM_FORGET_PEOPLE, RETAIN_ONLY, Case, Method, unlearn  # isort: skip
 
 import torch
-from compare_losses import Folders, describe_machine
+from compare_losses import Folders
 from datasets import Dataset
+from machine import describe_processor, describe_versions
 from transformers import PreTrainedModel
 from what_holds_attacks import answer_probabilities
 
@@ -248,8 +248,8 @@ def main() -> None:
             "command": f"python benchmarks/what_comes_back.py --seeds {' '.join(map(str, args.seeds))}",
             "forget_people": NUM_FORGET_PEOPLE,
             "threads": torch.get_num_threads(),
-            "machine": describe_machine(),
-            "versions": {name: version(name) for name in ("hf-unlearn", "torch", "transformers", "peft", "nanogcg")},
+            "machine": {**describe_processor(), "torch_threads": 1},
+            "versions": describe_versions("torch", "transformers", "peft", "nanogcg", "hf-unlearn"),
             "runs": runs,
         }
         Path(args.json).write_text(json.dumps(rounded(content), separators=(",", ":")) + "\n", encoding="utf-8")

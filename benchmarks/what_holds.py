@@ -28,7 +28,6 @@ import io
 import json
 import multiprocessing
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -37,7 +36,6 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +47,6 @@ from compare_losses import (  # isort: skip
     Run,
     _pairs,
     _quiet,
-    describe_machine,
     evaluation_sets,
     make_models,
     read_rows,
@@ -58,6 +55,7 @@ from compare_losses import (  # isort: skip
 
 import torch
 from datasets import Dataset
+from machine import describe_processor, describe_versions
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.trainer_callback import PrinterCallback
 from what_holds_attacks import (
@@ -463,12 +461,11 @@ def main() -> None:
     if options.figure:
         draw_figure(summary, options.figure)
     if options.json:
-        packages = ("torch", "transformers", "accelerate", "datasets", "scipy", "hf-unlearn")
         report = {
             "command": f"python benchmarks/what_holds.py --work_dir DIR --jobs {options.jobs}",
             "seeds": options.seeds,
-            "machine": describe_machine(),
-            "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+            "machine": {**describe_processor(), "torch_threads": 1},
+            "versions": describe_versions("torch", "transformers", "accelerate", "datasets", "scipy", "hf-unlearn"),
             "settings": {
                 "retain_floor": RETAIN_FLOOR,
                 "evaluate_every": EVALUATE_EVERY,

@@ -23,18 +23,19 @@ for RMU through the lowest three. The model, the rows and the counters are those
 import argparse
 import gc
 import json
-import platform
 import statistics
 import sys
 import tempfile
 import time
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
+from functools import partial
 from typing import Any
 
 import step_cost
 import torch
-from step_cost import Case, OurStep, PeakMemory, count_flops, describe_machine, make_model, run_step
+from machine import describe_versions
+from measuring import PeakMemory, count_flops, describe_machine
+from step_cost import Case, OurStep, make_model, run_step
 
 from hf_unlearn.robustness.probe import LayerScore, ProbeConfig, RobustProbe, describe_base
 
@@ -139,7 +140,7 @@ def make_probe(layer: int, seed: int) -> RobustProbe:
 
 def measure_flops(case_name: str, wrapper: Wrapper | None, seed: int) -> int:
     """FLOPs of the matrix products of one step."""
-    return sum(count_flops(make_step(case_name, wrapper, seed)).values())
+    return sum(count_flops(partial(run_step, make_step(case_name, wrapper, seed))).values())
 
 
 def measure_peak_bytes(case_name: str, wrapper: Wrapper | None, seed: int) -> int:
@@ -175,12 +176,13 @@ def measure_pairs(plain: WrappedStep, wrapped: WrappedStep, repeats: int) -> lis
 def measure_case(case_name: str, seed: int, repeats: int) -> dict[str, dict[str, Any]]:
     """Everything about one case, by wrapper; `"plain"` is the step without one."""
     plain, peak = make_step(case_name, None, seed), measure_peak_bytes(case_name, None, seed)
-    flops = sum(count_flops(plain).values())
+    flops = sum(count_flops(partial(run_step, plain)).values())
     results: dict[str, dict[str, Any]] = {"plain": {"flops": flops, "peak_bytes": peak}}
     plain_seconds: list[float] = []
     for name, wrapper in wrappers_of(case_name).items():
         peak_bytes, wrapped = measure_peak_bytes(case_name, wrapper, seed), make_step(case_name, wrapper, seed)
-        result: dict[str, Any] = {"flops": sum(count_flops(wrapped).values()), "peak_bytes": peak_bytes}
+        wrapped_flops = sum(count_flops(partial(run_step, wrapped)).values())
+        result: dict[str, Any] = {"flops": wrapped_flops, "peak_bytes": peak_bytes}
         result["ratio"] = {"flops": result["flops"] / flops, "peak_bytes": result["peak_bytes"] / peak}
         if repeats:
             pairs = measure_pairs(plain, wrapped, repeats)
@@ -235,11 +237,10 @@ def main() -> None:
     cases = {name: measure_case(name, options.seed, options.repeats) for name in CASES}
     print(format_table(cases))
     if options.json:
-        packages = ("torch", "transformers", "accelerate", "hf-unlearn")
         report = {
             "command": f"python benchmarks/wrapper_cost.py --repeats {options.repeats} --seed {options.seed}",
             "machine": describe_machine("cpu"),
-            "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+            "versions": describe_versions("torch", "transformers", "accelerate", "hf-unlearn"),
             "cases": cases,
         }
         with open(options.json, "w", encoding="utf-8") as file:

@@ -13,30 +13,16 @@
 # limitations under the License.
 """What is compared in benchmarks/compare_losses.py, how the best learning rate is chosen, and what the docs show."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
-from types import ModuleType
 
+import compare_losses
 import pytest
 
 from hf_unlearn import FORGET_LOSSES, UnlearnConfig
 
 
 ROOT = Path(__file__).parents[1]
-
-
-def _load_benchmark() -> ModuleType:
-    # By path: `benchmarks` is no package, and an installed hf-unlearn does not have it
-    spec = importlib.util.spec_from_file_location("compare_losses", ROOT / "benchmarks" / "compare_losses.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # `dataclass` looks its module up
-    spec.loader.exec_module(module)
-    return module
-
-
-compare_losses = _load_benchmark()
 
 
 def _run(rate: float, quality: float, utility: float, seed: int = 0, loss: str = "npo") -> dict:

@@ -13,13 +13,11 @@
 # limitations under the License.
 """What a step takes is predicted from a config: against real steps, by hand, and what is refused."""
 
-import importlib.util
 import json
 import resource
-import sys
 from pathlib import Path
-from types import ModuleType
 
+import estimate as benchmark
 import pytest
 import torch
 from peft import LoraConfig
@@ -31,16 +29,6 @@ from hf_unlearn.step_tracer import StepTracer
 
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-
-
-def _load_benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    # By path: `benchmarks` is no package, and an installed hf-unlearn does not have it
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    spec = importlib.util.spec_from_file_location("estimate_benchmark", BENCHMARKS / "estimate.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)  # `dataclass` looks its module up
-    spec.loader.exec_module(module)
-    return module
 
 
 WIDTH, INTERMEDIATE, LAYERS, VOCABULARY, ROWS, LENGTH = 64, 160, 3, 256, 2, 16
@@ -97,16 +85,14 @@ def estimate(options: ModelOptions | None = None, **changes: object) -> Estimate
         ("growth", "npo + kl, modules, depth x 2"),
     ],
 )
-def test_real_step_takes_what_was_predicted(group: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    benchmark = _load_benchmark(monkeypatch)
+def test_real_step_takes_what_was_predicted(group: str, name: str) -> None:
     error = benchmark.compare(benchmark.GROUPS[group]()[name])["error"]
     assert abs(error["flops"]) < 1e-6
     assert abs(error["peak_bytes"]) < 0.02
 
 
-def test_directions_to_keep_are_never_more_than_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_directions_to_keep_are_never_more_than_predicted() -> None:
     """How many the retain rows need is in no config: the prediction is the most that an energy can take."""
-    benchmark = _load_benchmark(monkeypatch)
     case = benchmark.GROUPS["wrappers x scopes"]()["npo + kl, modules, retain_null_space"]
     error = benchmark.compare(case)["error"]
     assert 0 <= error["flops"] < benchmark.TOLERANCE
@@ -282,8 +268,7 @@ def test_configuration_is_left_as_it_was() -> None:
 # ---- The benchmark ----
 
 
-def test_readme_shows_the_stored_results(monkeypatch: pytest.MonkeyPatch) -> None:
-    benchmark = _load_benchmark(monkeypatch)
+def test_readme_shows_the_stored_results() -> None:
     stored = json.loads((BENCHMARKS / "results" / "estimate_cpu.json").read_text(encoding="utf-8"))
     readme = (BENCHMARKS / "README.md").read_text(encoding="utf-8")
     assert benchmark.format_table(stored["groups"]) in readme

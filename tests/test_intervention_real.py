@@ -13,14 +13,14 @@
 # limitations under the License.
 """Interventions on real input: an author of TOFU, harmful and harmless instructions, and two processes."""
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
+import intervention_refusal as refusal
+import intervention_tofu as tofu
 import pytest
 import torch
 from distributed.intervention_trainer_worker import STORES, execute
@@ -34,19 +34,6 @@ from hf_unlearn.constraints.points import Demand, expand_points
 
 ROOT = Path(__file__).parents[1]
 WORKER = Path(__file__).parent / "distributed" / "intervention_trainer_worker.py"
-
-
-def _load_benchmark(name: str) -> ModuleType:
-    # By path: `benchmarks` is no package, and an installed hf-unlearn does not have it
-    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-tofu = _load_benchmark("intervention_tofu")
-refusal = _load_benchmark("intervention_refusal")
 
 
 def result(name: str) -> dict:

@@ -13,19 +13,10 @@
 # limitations under the License.
 """The benchmark of the gate, on a small pair: memory, and each byte of the weights read once."""
 
-import importlib
-from pathlib import Path
-
-import pytest
+import release_check
 
 
-@pytest.fixture
-def release_check(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
-    return importlib.import_module("release_check")
-
-
-def test_memory_and_reads(release_check, tmp_path):
+def test_memory_and_reads(tmp_path):
     result = release_check.measure(48 * 2**20, 16, 50, 0, str(tmp_path))
     assert result["findings"] == [] and not result["torch_imported"]
     assert result["bytes_of_both_models"] > 96 * 2**20

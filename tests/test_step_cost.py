@@ -13,33 +13,22 @@
 # limitations under the License.
 """A step costs no more than promised, and does the same work as a naive one: benchmarks/step_cost.py, asserted."""
 
-import importlib.util
 import json
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+import step_cost
 import torch
+from measuring import count_flops
 
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SEED = 0
 CHECKPOINTED = "ours, checkpointed"
-
-
-def _load_benchmark() -> ModuleType:
-    # By path: `benchmarks` is no package, and an installed hf-unlearn does not have it
-    spec = importlib.util.spec_from_file_location("step_cost", BENCHMARKS / "step_cost.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # `dataclass` looks its module up
-    spec.loader.exec_module(module)
-    return module
-
-
-step_cost = _load_benchmark()
 
 
 @pytest.mark.parametrize("name", step_cost.CASES)
@@ -72,7 +61,7 @@ def test_what_is_shared_and_cached_in_32_layers(name: str) -> None:
 def test_caches_leave_the_trained_part(name: str) -> None:
     case = step_cost.CASES[name]
     for variant in ("ours, prefix cached", "ours, all cached"):
-        flops = step_cost.count_flops(step_cost.VARIANTS[variant](case, SEED, "cpu"))
+        flops = count_flops(partial(step_cost.run_step, step_cost.VARIANTS[variant](case, SEED, "cpu")))
         assert sum(flops.values()) == pytest.approx(step_cost.expected_flops(case, variant), rel=1e-4)
 
 
@@ -92,7 +81,7 @@ def test_comparison_has_something_to_compare(name: str) -> None:
 def test_checkpointing_runs_only_trained_layers_again(name: str) -> None:
     """transformers makes the embeddings require a gradient, so that frozen layers would be run again too."""
     case = step_cost.CASES[name]
-    flops = step_cost.count_flops(step_cost.VARIANTS[CHECKPOINTED](case, SEED, "cpu"))
+    flops = count_flops(partial(step_cost.run_step, step_cost.VARIANTS[CHECKPOINTED](case, SEED, "cpu")))
     assert sum(flops.values()) == pytest.approx(step_cost.expected_flops(case, CHECKPOINTED), rel=1e-4)
 
 

@@ -13,26 +13,15 @@
 # limitations under the License.
 """The table and picture of `benchmarks/what_comes_back.py`, and that its stored results are what the docs say."""
 
-import importlib
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
+import what_comes_back
 
 
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="module")
-def benchmark():
-    # By path: `benchmarks` is no package, and an installed hf-unlearn does not have it
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        yield importlib.import_module("what_comes_back")
-    finally:
-        sys.path.remove(str(ROOT / "benchmarks"))
 
 
 def run(method, seed, forget, relearned):
@@ -58,8 +47,8 @@ def runs():
     return [run("npo", 0, 0.1, 0.3), run("npo", 1, 0.1, 0.5), run("ga", 0, 0.1, 0.1)]
 
 
-def test_table_has_means_and_ranges(benchmark, runs):
-    lines = benchmark.format_table(runs).splitlines()
+def test_table_has_means_and_ranges(runs):
+    lines = what_comes_back.format_table(runs).splitlines()
     assert lines[0] == "| | ga | npo |"
     assert "| *probability, forget* | 0.10 (0.10–0.10) | 0.10 (0.10–0.10) |" in lines
     assert "| relearn | 0.00 (0.00–0.00) | 0.38 (0.25–0.50) |" in lines
@@ -67,23 +56,23 @@ def test_table_has_means_and_ranges(benchmark, runs):
     assert lines[-1] == "| verdict | comes_back | comes_back, comes_back |"
 
 
-def test_picture(benchmark, runs, tmp_path):
+def test_picture(runs, tmp_path):
     pytest.importorskip("matplotlib")
     import matplotlib.image
 
-    benchmark.draw(runs, str(tmp_path / "a.png"))
+    what_comes_back.draw(runs, str(tmp_path / "a.png"))
     runs[0] = run("npo", 0, 0.1, 0.9)
-    benchmark.draw(runs, str(tmp_path / "b.png"))
+    what_comes_back.draw(runs, str(tmp_path / "b.png"))
     first, second = (matplotlib.image.imread(tmp_path / f"{name}.png") for name in "ab")
     assert first.std() > 0.01 and (first.shape != second.shape or (first != second).any())
 
 
-def test_the_table_of_the_docs_is_that_of_the_stored_results(benchmark):
+def test_the_table_of_the_docs_is_that_of_the_stored_results():
     stored = json.loads((ROOT / "benchmarks" / "results" / "what_comes_back_cpu.json").read_text(encoding="utf-8"))
     text = (ROOT / "docs" / "what_comes_back.md").read_text(encoding="utf-8")
-    table = benchmark.format_table(stored["runs"])
+    table = what_comes_back.format_table(stored["runs"])
     assert table in text
-    assert {run["method"] for run in stored["runs"]} == set(benchmark.NAMES)
+    assert {run["method"] for run in stored["runs"]} == set(what_comes_back.NAMES)
     # Under three minutes a model: what the command took, the first time with the original and the control
     assert max(run["command_seconds"] for run in stored["runs"]) < 180
     # Numbers per row stay in private/

@@ -11,39 +11,21 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-import importlib
 import json
 import math
 import statistics
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import what_holds
+import what_holds_attacks as attacks
+import what_holds_floor
+import what_holds_report as report
 
 
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="module")
-def benchmark():
-    # By path: `benchmarks` is no package, and an installed hf-unlearn does not have it
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        yield importlib.import_module("what_holds")
-    finally:
-        sys.path.remove(str(ROOT / "benchmarks"))
-
-
-@pytest.fixture(scope="module")
-def attacks(benchmark):
-    return sys.modules["what_holds_attacks"]
-
-
-@pytest.fixture(scope="module")
-def report(benchmark):
-    return sys.modules["what_holds_report"]
 
 
 EXAMPLES = [
@@ -53,7 +35,7 @@ EXAMPLES = [
 ]
 
 
-def test_probability_is_that_of_each_row_alone(attacks, random_model) -> None:
+def test_probability_is_that_of_each_row_alone(random_model) -> None:
     model = random_model().train()
     values = attacks.answer_probabilities(model, EXAMPLES)
     assert model.training, "it runs in the middle of a training"
@@ -64,7 +46,7 @@ def test_probability_is_that_of_each_row_alone(attacks, random_model) -> None:
         assert value == pytest.approx(product ** (1 / len(answer)), rel=1e-5)
 
 
-def test_relearning_teaches_its_rows_and_leaves_the_model_alone(attacks, random_model) -> None:
+def test_relearning_teaches_its_rows_and_leaves_the_model_alone(random_model) -> None:
     model = random_model()
     before = attacks.answer_probabilities(model, EXAMPLES)
     taught = attacks.relearn(model, EXAMPLES[:2], learning_rate=1e-2, steps=20, batch_size=2, seed=0)
@@ -75,7 +57,7 @@ def test_relearning_teaches_its_rows_and_leaves_the_model_alone(attacks, random_
     assert attacks.answer_probabilities(again, EXAMPLES) == after
 
 
-def test_latent_attack_stays_at_the_question_and_within_its_budget(attacks, random_model, monkeypatch) -> None:
+def test_latent_attack_stays_at_the_question_and_within_its_budget(random_model, monkeypatch) -> None:
     model, layer, radius = random_model(), 1, 0.5
     plain = attacks.answer_probabilities(model, EXAMPLES)
     found = []
@@ -96,7 +78,7 @@ def test_latent_attack_stays_at_the_question_and_within_its_budget(attacks, rand
     assert attacks.latent_attack(model, EXAMPLES, layer, 0.0, steps=2) == pytest.approx(plain, rel=1e-4)
 
 
-def test_residual_stream_is_measured_without_padding(attacks, random_model) -> None:
+def test_residual_stream_is_measured_without_padding(random_model) -> None:
     model = random_model()
     states = [
         model(torch.tensor([example["input_ids"]]), output_hidden_states=True).hidden_states[2][0]
@@ -108,7 +90,7 @@ def test_residual_stream_is_measured_without_padding(attacks, random_model) -> N
     assert root_mean_square == pytest.approx(states.square().mean().sqrt().item(), rel=1e-5)
 
 
-def test_recovered_is_relative_to_the_control_under_the_same_attack(attacks) -> None:
+def test_recovered_is_relative_to_the_control_under_the_same_attack() -> None:
     share, reason = attacks.recovered(attacked=0.3, control=0.1, original=0.9)
     assert share == pytest.approx(0.25) and reason is None
     share, reason = attacks.recovered(attacked=0.93, control=0.9, original=0.94)
@@ -117,7 +99,7 @@ def test_recovered_is_relative_to_the_control_under_the_same_attack(attacks) -> 
 
 
 @pytest.mark.parametrize("is_rise", [True, False])
-def test_a_run_ends_where_the_floor_is_crossed(benchmark, attacks, random_model, is_rise: bool) -> None:
+def test_a_run_ends_where_the_floor_is_crossed(random_model, is_rise: bool) -> None:
     untaught = random_model()
     taught = attacks.relearn(untaught, EXAMPLES, learning_rate=1e-3, steps=5, batch_size=3, seed=0)
     ends = [untaught, taught] if is_rise else [taught, untaught]
@@ -125,7 +107,7 @@ def test_a_run_ends_where_the_floor_is_crossed(benchmark, attacks, random_model,
     floor = (low + high) / 2
 
     model = random_model()
-    stop = benchmark.StopAtFloor(EXAMPLES, floor, is_rise)
+    stop = what_holds_floor.StopAtFloor(EXAMPLES, floor, is_rise)
     control = SimpleNamespace(should_training_stop=False)
     for step, weights in ((5, ends[0]), (10, ends[1])):
         model.load_state_dict(weights.state_dict())
@@ -139,18 +121,18 @@ def test_a_run_ends_where_the_floor_is_crossed(benchmark, attacks, random_model,
     assert floor <= reached < floor + 0.05 * (high - low)
 
 
-def test_a_run_that_stays_on_one_side_of_the_floor_goes_on(benchmark, random_model) -> None:
+def test_a_run_that_stays_on_one_side_of_the_floor_goes_on(random_model) -> None:
     model, control = random_model(), SimpleNamespace(should_training_stop=False)
     for is_rise, floor in ((True, 0.0), (True, 1.0), (False, 0.0)):
-        stop = benchmark.StopAtFloor(EXAMPLES, floor, is_rise)
+        stop = what_holds_floor.StopAtFloor(EXAMPLES, floor, is_rise)
         stop.on_train_begin(None, None, None, model=model)
         for step in (5, 10):
             stop.on_step_end(None, SimpleNamespace(global_step=step), control, model=model)
         assert not stop.reached and not control.should_training_stop
 
 
-def test_relearned_rows_are_never_those_that_are_scored(benchmark, tmp_path: Path) -> None:
-    case = benchmark.Case("people", 3, benchmark.Folders(tmp_path, tmp_path))
+def test_relearned_rows_are_never_those_that_are_scored(tmp_path: Path) -> None:
+    case = what_holds.Case("people", 3, what_holds.Folders(tmp_path, tmp_path))
     relearned, others = case.split()
     assert sorted(relearned + others) == list(range(40)) and len(relearned) == 20
     assert case.split() == (relearned, others)
@@ -159,8 +141,8 @@ def test_relearned_rows_are_never_those_that_are_scored(benchmark, tmp_path: Pat
     assert set(case.names["retain"]) <= {row["name"] for row in case.retain}
 
 
-def test_names_of_authors_stand_on_the_right_side(benchmark, data_dir: Path, tmp_path: Path) -> None:
-    case = benchmark.Case("tofu", 0, benchmark.Folders(data_dir, tmp_path))
+def test_names_of_authors_stand_on_the_right_side(data_dir: Path, tmp_path: Path) -> None:
+    case = what_holds.Case("tofu", 0, what_holds.Folders(data_dir, tmp_path))
     texts = {
         side: " ".join(row["question"] + row["answer"] for row in rows)
         for side, rows in (("forget", case.forget), ("retain", case.retain))
@@ -170,9 +152,9 @@ def test_names_of_authors_stand_on_the_right_side(benchmark, data_dir: Path, tmp
             assert texts[side].count(name) >= 10 and name not in texts[other]
 
 
-def test_methods_differ_by_what_their_name_says_alone(benchmark) -> None:
-    for task in benchmark.TASKS:
-        settings = {name: method.for_task(task, 2.0, 1) for name, method in benchmark.METHODS.items()}
+def test_methods_differ_by_what_their_name_says_alone() -> None:
+    for task in what_holds.TASKS:
+        settings = {name: method.for_task(task, 2.0, 1) for name, method in what_holds.METHODS.items()}
 
         def extra(name: str, base: str, settings: dict = settings) -> dict:
             assert settings[base].items() <= settings[name].items()
@@ -184,7 +166,7 @@ def test_methods_differ_by_what_their_name_says_alone(benchmark) -> None:
             assert extra(f"{base} + rna 0.3", base) == {"reference_noise_std": 0.6, "reference_noise_layer": 2}
 
 
-def test_interval_and_verdict_by_hand(report) -> None:
+def test_interval_and_verdict_by_hand() -> None:
     value = report.interval([1.0, 2.0, 3.0])
     # Student's t with 2 degrees of freedom: 4.30265 * 1 / sqrt(3)
     assert (value["mean"], value["seeds"]) == (2.0, 3)
@@ -195,7 +177,7 @@ def test_interval_and_verdict_by_hand(report) -> None:
     assert report.verdict(report.interval([1.0])) == "not distinguishable", "one seed tells nothing"
 
 
-def test_differences_are_paired_by_seed(report) -> None:
+def test_differences_are_paired_by_seed() -> None:
     runs = [
         {"task": "people", "method": method, "seed": seed, "forget": 10.0 * seed + shift}
         # In another order, and with a seed that the other one lacks
@@ -211,7 +193,7 @@ def rounded(values: dict) -> dict:
     return json.loads(json.dumps(values), parse_float=lambda text: round(float(text), 9))
 
 
-def test_docs_show_what_follows_from_the_stored_runs(benchmark, report) -> None:
+def test_docs_show_what_follows_from_the_stored_runs() -> None:
     stored = json.loads((ROOT / "benchmarks" / "results" / "what_holds_cpu.json").read_text(encoding="utf-8"))
     summary = report.summarize(stored["runs"])
     assert rounded(summary) == rounded(stored["summary"])  # SciPy's quantiles differ in the last digits
@@ -229,4 +211,4 @@ def test_docs_show_what_follows_from_the_stored_runs(benchmark, report) -> None:
                 if (other["task"], other["method"], other["seed"]) == (run["task"], "before", run["seed"])
             )
             share = run["retain"] / before
-            assert benchmark.RETAIN_FLOOR <= share < benchmark.RETAIN_FLOOR + 0.01, "what is compared keeps the same"
+            assert what_holds.RETAIN_FLOOR <= share < what_holds.RETAIN_FLOOR + 0.01, "what is compared keeps the same"

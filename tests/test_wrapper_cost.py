@@ -13,13 +13,12 @@
 # limitations under the License.
 """What wrappers add to a step: benchmarks/wrapper_cost.py, its FLOPs against formulas, and the table in the docs."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+import step_cost
+import wrapper_cost
 
 
 ROOT = Path(__file__).parents[1]
@@ -27,19 +26,6 @@ SEED = 0
 # A tiny model for `step_cost`, whose formulas hold for any size
 TINY = {"HIDDEN": 32, "INTERMEDIATE": 48, "HEADS": 4, "VOCABULARY": 64, "LENGTH": 16}
 NPO, RMU = "npo + kl, all 8 layers", "rmu + hidden_mse, 3 of 8 layers"
-
-
-def _load_benchmark(name: str) -> ModuleType:
-    # By path: `benchmarks` is no package, and an installed hf-unlearn does not have it
-    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # `wrapper_cost` imports `step_cost`, and `dataclass` looks its module up
-    spec.loader.exec_module(module)
-    return module
-
-
-step_cost = _load_benchmark("step_cost")
-wrapper_cost = _load_benchmark("wrapper_cost")
 
 
 @pytest.fixture(autouse=True)

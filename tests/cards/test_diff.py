@@ -12,12 +12,10 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 import hashlib
-import importlib.util
 import json
 import math
-import sys
-from pathlib import Path
 
+import model_diff
 import numpy as np
 import pytest
 import torch
@@ -31,9 +29,6 @@ from hf_unlearn.cards.diff import diff_models
 from hf_unlearn.cards.report import Footprint
 from hf_unlearn.cards.tensor_files import ModelFileError, open_model
 from hf_unlearn.footprint import changes_of, count_base_parameters, footprint_of
-
-
-BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "model_diff.py"
 
 
 def save(folder, tensors, **config):
@@ -324,10 +319,6 @@ def test_file_that_is_cut(tmp_path):
 
 def test_memory_and_reads(tmp_path):
     """The benchmark on a pair of 96 MiB: each byte is read once, and memory does not grow with the model."""
-    spec = importlib.util.spec_from_file_location("model_diff", BENCHMARK)
-    model_diff = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = model_diff
-    spec.loader.exec_module(model_diff)
     diff, manifest, apply = model_diff.measure(96 * 2**20, matrices=16, seed=0, work_dir=str(tmp_path))
     assert diff["bytes_read"] == diff["bytes_of_both_models"] > 2 * 96 * 2**20
     if diff["bytes_read_by_process"]:

@@ -13,23 +13,9 @@
 # limitations under the License.
 """What benchmarks/dual_solver.py measures, asserted: the same problems, small; the promised one in a slow test."""
 
-import importlib.util
-from pathlib import Path
-
+import dual_solver
 import pytest
 import torch
-
-
-def _load_benchmark():
-    # By path: `benchmarks` is no package, and an installed hf-unlearn does not have it
-    path = Path(__file__).parents[2] / "benchmarks" / "dual_solver.py"
-    spec = importlib.util.spec_from_file_location("dual_solver", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-dual_solver = _load_benchmark()
 
 
 @pytest.mark.parametrize("kind", dual_solver.KINDS)
