@@ -11,6 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+import gc
 import json
 import os
 from pathlib import Path
@@ -28,6 +29,16 @@ import transformers  # noqa: E402
 
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish():
+    """
+    Takes what the imports made out of the garbage collector's sight: each training ends with a collection, which
+    would otherwise look at all of it every time (0.24 s; half of what a short run takes).
+    """
+    gc.collect()
+    gc.freeze()
+
 
 # Tiny models of real families. The initial weights are larger than usual, so that logits are of the size of those of a
 # trained model and a forgotten scale or softcap shows; dropout is off, so that train() and eval() compute the same.
