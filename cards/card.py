@@ -13,6 +13,7 @@
 # limitations under the License.
 """The model card, rendered from the report. jinja2 and yaml are imported where they are used: importing stays fast."""
 
+import functools
 import hashlib
 import os
 import re
@@ -401,6 +402,7 @@ def _yaml(values: dict[str, Any]) -> str:
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=float("inf"))
 
 
+@functools.cache  # a template is compiled once, and a run writes a card at every checkpoint
 def template_environment() -> "jinja2.Environment":
     import jinja2
 

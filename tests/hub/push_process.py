@@ -45,7 +45,8 @@ def serve(pipe: Connection, environment: dict[str, str]) -> None:
     import time
 
     import datasets
-    import tokenizers  # noqa: F401 (what the commands import, once)
+    import scipy.io.matlab  # noqa: F401 (what the commands import, once)
+    import tokenizers  # noqa: F401
 
     from hf_unlearn.cli import audit, main, push, verify  # noqa: F401
 
