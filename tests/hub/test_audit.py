@@ -15,14 +15,11 @@
 
 import hashlib
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from hub_store import Repository
 from loopback_hub import LoopbackHub
+from push_process import Outcome, PushProcess
 
 from hf_unlearn.cards import BaseModel, Data, DataSummary, Environment, FileEntry, UnlearningReport
 
@@ -72,25 +69,17 @@ def open_pull_request(repository: Repository, files: dict[str, bytes], lfs: list
     repository.commit(files, branch=opened.ref, lfs=lfs)
 
 
-def audit(hub: LoopbackHub, home: Path, *arguments: object, token: str | None = None) -> subprocess.CompletedProcess:
-    """As a user runs it."""
+def audit(hub: LoopbackHub, run_process: PushProcess, *arguments: object, token: str | None = None) -> Outcome:
     token = hub.add_user("alice", organizations={"org": "write"}) if token is None else token
-    return subprocess.run(
-        [sys.executable, "-m", "hf_unlearn.cli.audit", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-        env={**os.environ, **hub.environment(home, token)},
-        timeout=120,
-    )
+    return run_process("audit", *arguments, token=token)
 
 
-def audited(hub: LoopbackHub, home: Path, *arguments: object, token: str | None = None) -> dict:
+def audited(hub: LoopbackHub, run_process: PushProcess, *arguments: object, token: str | None = None) -> dict:
     """What it prints as JSON; it never writes."""
-    result = audit(hub, home, "org/model", "--json", "-q", *arguments, token=token)
-    assert result.stderr == "" and hub.writes() == []
-    content = json.loads(result.stdout)
-    assert (result.returncode == 0) is content["clean"] is (content["found"] == [])
+    result = audit(hub, run_process, "org/model", "--json", "-q", *arguments, token=token)
+    assert result.err == "" and hub.writes() == []
+    content = json.loads(result.out)
+    assert (result.code == 0) is content["clean"] is (content["found"] == [])
     return content
 
 
@@ -103,10 +92,10 @@ def places(content: dict) -> set[tuple[str, str, int]]:
     }
 
 
-def one_sentence(result: subprocess.CompletedProcess, code: int) -> str:
-    assert (result.returncode, result.stdout) == (code, "")
-    [line] = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
-    assert "Traceback" not in result.stderr
+def one_sentence(result: Outcome, code: int) -> str:
+    assert (result.code, result.out) == (code, "")
+    [line] = [line for line in result.err.splitlines() if line.startswith("Error: ")]
+    assert "Traceback" not in result.err
     return line
 
 
@@ -148,11 +137,11 @@ def empty_files(repository):
     "prepare", [clean_release, earlier_release, weights_before_their_report, deleted_for_good, empty_files]
 )
 @pytest.mark.parametrize("role", ["write", "read"])
-def test_clean(hub, tmp_path, prepare, role):
+def test_clean(hub, run_process, prepare, role):
     add_base(hub)
     repository = hub.add("models", "org/model", release(), lfs=LARGE)
     prepare(repository)
-    content = audited(hub, tmp_path, token=hub.add_user("alice", role, {"org": role}))
+    content = audited(hub, run_process, token=hub.add_user("alice", role, {"org": role}))
     assert places(content) == set()
     assert (content["base"]["name"], content["base"]["weight_files"]) == ("org/base", 3)
     assert content["commits"] == len(repository.commits)
@@ -270,12 +259,12 @@ FOUND = [
 
 
 @pytest.mark.parametrize(("prepare", "expected"), FOUND, ids=[prepare.__name__ for prepare, _ in FOUND])
-def test_found(hub, tmp_path, prepare, expected):
+def test_found(hub, run_process, prepare, expected):
     add_base(hub)
     repository = hub.add("models", "org/model", release(), lfs=LARGE)
     hub.page_size = 2
     prepare(repository)
-    content = audited(hub, tmp_path)
+    content = audited(hub, run_process)
     assert places(content) == expected
     # A finding for each rule and ref, by which a push is blocked
     findings = {
@@ -284,15 +273,15 @@ def test_found(hub, tmp_path, prepare, expected):
     assert findings == {(rule, ref.replace("-", "large files", ref == "-")) for rule, ref, _ in expected}
 
 
-def test_what_it_prints(hub, tmp_path):
+def test_what_it_prints(hub, run_process):
     add_base(hub)
     repository = hub.add("models", "org/model", ORIGINAL, lfs=LARGE)
     tag(repository, "v0")
     old = repository.branches["main"]
     push(repository, release())
-    result = audit(hub, tmp_path, "org/model")
-    assert result.returncode == 1
-    assert result.stdout.splitlines() == [
+    result = audit(hub, run_process, "org/model")
+    assert result.code == 1
+    assert result.out.splitlines() == [
         "org/model: 1 branch, 1 tag; 2 commits, 3 large files.",
         "Looked for 3 weight files of org/base.",
         "",
@@ -307,21 +296,21 @@ def test_what_it_prints(hub, tmp_path):
         "  commits that no branch, tag or pull request reaches, but for their large files",
         "  weights that were converted, quantized or packed under a name that says nothing",
     ]
-    quiet = audit(hub, tmp_path, "org/model", "-q")
-    assert quiet.stdout.splitlines() == ["history-original refs/heads/main", "history-original refs/tags/v0"]
-    assert (quiet.returncode, quiet.stderr) == (1, "")
+    quiet = audit(hub, run_process, "org/model", "-q")
+    assert quiet.out.splitlines() == ["history-original refs/heads/main", "history-original refs/tags/v0"]
+    assert (quiet.code, quiet.err) == (1, "")
 
 
-def test_names_that_can_be_any_text_are_not_repeated(hub, tmp_path):
+def test_names_that_can_be_any_text_are_not_repeated(hub, run_process):
     add_base(hub)
     files = {**release(), "large/Ada Lovelace": BASE[ONE], "Ada Lovelace.bin": b"x", "Ada Lovelace.csv": b"y"}
     hub.add("models", "org/model", files, lfs=LARGE).commit(files, title="Ada Lovelace", lfs=LARGE)
-    for result in (audit(hub, tmp_path, "org/model"), audit(hub, tmp_path, "org/model", "--json")):
-        assert result.returncode == 1 and "Lovelace" not in result.stdout + result.stderr
-        assert "a file of another name" in result.stdout and "*.bin" in result.stdout
+    for result in (audit(hub, run_process, "org/model"), audit(hub, run_process, "org/model", "--json")):
+        assert result.code == 1 and "Lovelace" not in result.out + result.err
+        assert "a file of another name" in result.out and "*.bin" in result.out
 
 
-def test_a_token_that_only_reads(hub, tmp_path):
+def test_a_token_that_only_reads(hub, run_process):
     """It cannot list the large files, and says so; all that a ref reaches is found just the same."""
     add_base(hub)
     repository = hub.add("models", "org/model", release(), lfs=LARGE)
@@ -329,20 +318,20 @@ def test_a_token_that_only_reads(hub, tmp_path):
     in_a_pull_request(repository)
     missing = "large files that no branch, tag or pull request reaches: this token may not list them"
     for token in (hub.add_user("bob", "read", {"org": "read"}), hub.add_user("eve"), ""):
-        content = audited(hub, tmp_path, token=token)
+        content = audited(hub, run_process, token=token)
         assert places(content) == {("original", "pr/1", 0)}
         assert content["large_files"] is None and content["cannot_see"][0] == missing
-    content = audited(hub, tmp_path)
+    content = audited(hub, run_process)
     assert places(content) == {("original", "pr/1", 0), ("original", "-", 0)}
     assert content["large_files"] == 4 and missing not in content["cannot_see"]
 
 
-def test_nothing_leaks_to_the_storage(hub, tmp_path):
+def test_nothing_leaks_to_the_storage(hub, run_process):
     """The storage is asked without the token: the loopback Hub refuses one, which would look as if bytes were gone."""
     add_base(hub)
     repository = hub.add("models", "org/model", release(), lfs=LARGE)
     behind_the_tip(repository)
-    audited(hub, tmp_path, token=hub.add_user("bob", "read", {"org": "read"}))
+    audited(hub, run_process, token=hub.add_user("bob", "read", {"org": "read"}))
     asked = [request for request in hub.requests if request.path.startswith("/_cdn/")]
     assert {request.status for request in asked} == {206} and len(asked) == 3
     assert all("Authorization" not in request.headers for request in asked)
@@ -351,7 +340,7 @@ def test_nothing_leaks_to_the_storage(hub, tmp_path):
 # ---- Which base ----
 
 
-def test_the_base_on_disk(hub, tmp_path):
+def test_the_base_on_disk(hub, run_process, tmp_path):
     repository = hub.add("models", "org/model", release(base_id=None), lfs=LARGE)
     regular_under_another_name(repository)
     base = tmp_path / "base"
@@ -360,14 +349,14 @@ def test_the_base_on_disk(hub, tmp_path):
         (base / name).write_bytes(content)
     # Small files of any name are known by the hash that git gives them
     push(repository, {**release(base_id=None), "notes.txt": BASE["pytorch_model.bin"]})
-    content = audited(hub, tmp_path, "--base", base)
+    content = audited(hub, run_process, "--base", base)
     assert places(content) == {("original", "heads/main", 0), ("original", "heads/main", 2)}
     assert content["base"] == {"name": "a folder", "weight_files": 3}
     # Nothing of this machine's folders in what may be passed on
     assert str(tmp_path) not in json.dumps(content)
 
 
-def test_the_base_at_a_revision(hub, tmp_path):
+def test_the_base_at_a_revision(hub, run_process):
     base = add_base(hub)
     first = base.branches["main"]
     base.commit({"model.safetensors": b"trained further"}, lfs=LARGE)
@@ -375,42 +364,42 @@ def test_the_base_at_a_revision(hub, tmp_path):
     behind_the_tip(repository)
     # That of the report is taken; at the base's main the shards are other ones, and those at hand are unknown
     push(repository, release(revision=first))
-    assert places(audited(hub, tmp_path)) == {("original", "heads/main", 2)}
-    assert places(audited(hub, tmp_path, "--base", f"org/base@{first}")) == {("original", "heads/main", 2)}
-    assert places(audited(hub, tmp_path, "--base", "org/base@main")) == {("unknown", "heads/main", 2)}
+    assert places(audited(hub, run_process)) == {("original", "heads/main", 2)}
+    assert places(audited(hub, run_process, "--base", f"org/base@{first}")) == {("original", "heads/main", 2)}
+    assert places(audited(hub, run_process, "--base", "org/base@main")) == {("unknown", "heads/main", 2)}
 
 
-def test_the_base_that_the_card_names(hub, tmp_path):
+def test_the_base_that_the_card_names(hub, run_process):
     add_base(hub)
     repository = hub.add("models", "org/model", ORIGINAL, lfs=LARGE)
     card = b"---\nbase_model: org/base\n---\n# A model\n"
     push(repository, {**release(base_id=None), "README.md": card})
-    assert audited(hub, tmp_path)["base"]["name"] == "org/base"
+    assert audited(hub, run_process)["base"]["name"] == "org/base"
 
 
-def test_no_base(hub, tmp_path):
+def test_no_base(hub, run_process):
     repository = hub.add("models", "org/model", ORIGINAL, lfs=LARGE)
     push(repository, release(base_id=None))
-    content = audited(hub, tmp_path)
+    content = audited(hub, run_process)
     assert content["base"] is None and places(content) == {("unknown", "heads/main", 1)}
-    result = audit(hub, tmp_path, "org/model")
-    assert "No base is known" in result.stdout and "pass --base" in result.stdout
-    assert "Nothing of the original is served" not in result.stdout
+    result = audit(hub, run_process, "org/model")
+    assert "No base is known" in result.out and "pass --base" in result.out
+    assert "Nothing of the original is served" not in result.out
 
 
-def test_a_base_that_is_gone(hub, tmp_path):
+def test_a_base_that_is_gone(hub, run_process):
     hub.add("models", "org/model", release(), lfs=LARGE)
-    message = one_sentence(audit(hub, tmp_path, "org/model"), 1)
+    message = one_sentence(audit(hub, run_process, "org/model"), 1)
     assert "org/base is not on the Hub" in message and "--base none" in message
-    assert audited(hub, tmp_path, "--base", "none")["clean"]
+    assert audited(hub, run_process, "--base", "none")["clean"]
     hub.add("models", "org/base", {"config.json": b"{}"})
-    assert "holds no weights" in one_sentence(audit(hub, tmp_path, "org/model"), 1)
+    assert "holds no weights" in one_sentence(audit(hub, run_process, "org/model"), 1)
 
 
 # ---- What is not understood, and failures ----
 
 
-def test_usage(hub, tmp_path):
+def test_usage(hub, run_process, tmp_path):
     for arguments, expected in (
         (["a name"], "OWNER/NAME"),
         (["name"], "OWNER/NAME"),
@@ -422,24 +411,24 @@ def test_usage(hub, tmp_path):
         (["org/model", "--pruge"], "unrecognized arguments"),
         ([], "required"),
     ):
-        assert expected in one_sentence(audit(hub, tmp_path, *arguments), 2)
-    assert "There is no token" in one_sentence(audit(hub, tmp_path, "org/model", "--purge", token=""), 2)
+        assert expected in one_sentence(audit(hub, run_process, *arguments), 2)
+    assert "There is no token" in one_sentence(audit(hub, run_process, "org/model", "--purge", token=""), 2)
     assert hub.requests == []
 
 
-def test_a_base_folder_without_weights(hub, tmp_path):
+def test_a_base_folder_without_weights(hub, run_process, tmp_path):
     hub.add("models", "org/model", release(), lfs=LARGE)
     (tmp_path / "empty").mkdir()
-    assert "no weights" in one_sentence(audit(hub, tmp_path, "org/model", "--base", tmp_path / "empty"), 2)
+    assert "no weights" in one_sentence(audit(hub, run_process, "org/model", "--base", tmp_path / "empty"), 2)
 
 
-def test_who_may_not_read(hub, tmp_path):
+def test_who_may_not_read(hub, run_process):
     hub.add("models", "org/model", release(), lfs=LARGE, private=True)
     for token in ("", hub.add_user("eve")):
         assert "not on the Hub, or this token cannot see it" in one_sentence(
-            audit(hub, tmp_path, "org/model", token=token), 1
+            audit(hub, run_process, "org/model", token=token), 1
         )
-    assert "does not know this token" in one_sentence(audit(hub, tmp_path, "org/model", token="hf_wrong"), 1)
+    assert "does not know this token" in one_sentence(audit(hub, run_process, "org/model", token="hf_wrong"), 1)
 
 
 @pytest.mark.parametrize(
@@ -453,7 +442,7 @@ def test_who_may_not_read(hub, tmp_path):
         ("/lfs-files$", 418, "refused the request (418)"),
     ],
 )
-def test_the_hub_fails(hub, tmp_path, path, status, expected):
+def test_the_hub_fails(hub, run_process, path, status, expected):
     """Nothing that could not be read is taken for clean."""
     add_base(hub)
     hub.add("models", "org/model", release(), lfs=LARGE)
@@ -461,23 +450,23 @@ def test_the_hub_fails(hub, tmp_path, path, status, expected):
         hub.drop("GET", path, "before", times=9)
     else:
         hub.fail("GET", path, "before", status, times=9)
-    assert expected in one_sentence(audit(hub, tmp_path, "org/model"), 1)
+    assert expected in one_sentence(audit(hub, run_process, "org/model"), 1)
 
 
-def test_the_token_on_the_command_line(hub, tmp_path):
+def test_the_token_on_the_command_line(hub, run_process):
     add_base(hub)
     hub.add("models", "org/model", release(), lfs=LARGE, private=True)
     token = hub.add_user("alice", organizations={"org": "write"})
-    result = audit(hub, tmp_path, "org/model", "--token", token, token="")
-    assert result.returncode == 0 and "others on this machine can see a token on the command line" in result.stderr
-    assert token not in result.stdout + result.stderr
+    result = audit(hub, run_process, "org/model", "--token", token, token="")
+    assert result.code == 0 and "others on this machine can see a token on the command line" in result.err
+    assert token not in result.out + result.err
 
 
-def test_the_receipt(hub, tmp_path):
+def test_the_receipt(hub, run_process, tmp_path):
     add_base(hub)
     hub.add("models", "org/model", release(), lfs=LARGE)
     path = tmp_path / "receipt.json"
-    result = audit(hub, tmp_path, "org/model", "--receipt", path, "--json")
+    result = audit(hub, run_process, "org/model", "--receipt", path, "--json")
     content = json.loads(path.read_text())
-    assert content == json.loads(result.stdout)
+    assert content == json.loads(result.out)
     assert (content["schema"], content["clean"], content["endpoint"]) == (1, True, hub.endpoint)

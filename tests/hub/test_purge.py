@@ -24,6 +24,7 @@ import time
 import pytest
 from hub_store import Repository
 from loopback_hub import LoopbackHub
+from push_process import PushProcess
 from test_audit import (
     BASE,
     LARGE,
@@ -61,10 +62,10 @@ def everywhere(hub: LoopbackHub) -> Repository:
     return repository
 
 
-def purge(hub: LoopbackHub, home, *arguments: object, code: int = 0) -> dict:
-    result = audit(hub, home, "org/model", "--purge", "--yes", "--json", "-q", *arguments)
-    assert result.returncode == code, result.stderr
-    return json.loads(result.stdout)
+def purge(hub: LoopbackHub, run_process: PushProcess, *arguments: object, code: int = 0) -> dict:
+    result = audit(hub, run_process, "org/model", "--purge", "--yes", "--json", "-q", *arguments)
+    assert result.code == code, result.err
+    return json.loads(result.out)
 
 
 def served(repository: Repository) -> set[str]:
@@ -74,10 +75,10 @@ def served(repository: Repository) -> set[str]:
     return contents | set(repository.objects)
 
 
-def test_all_that_can_be_removed(hub, tmp_path):
+def test_all_that_can_be_removed(hub, run_process):
     repository = everywhere(hub)
     before, dev = repository.read("main"), repository.read("dev")
-    content = purge(hub, tmp_path)
+    content = purge(hub, run_process)
     assert sha256(BASE[ONE]) not in served(repository)
     # The shard that did not change is part of the release
     assert sha256(BASE[TWO]) in repository.objects
@@ -93,10 +94,10 @@ def test_all_that_can_be_removed(hub, tmp_path):
     # Nothing is left to do
     state = hub.state()
     hub.requests.clear()
-    assert purge(hub, tmp_path)["clean"] and hub.state() == state and hub.writes() == []
+    assert purge(hub, run_process)["clean"] and hub.state() == state and hub.writes() == []
 
 
-def test_small_files_behind_main(hub, tmp_path):
+def test_small_files_behind_main(hub, run_process):
     """They go with the history alone; a tag after them would keep it, so it goes as well."""
     add_base(hub)
     repository = hub.add("models", "org/model", ORIGINAL)
@@ -104,7 +105,7 @@ def test_small_files_behind_main(hub, tmp_path):
     tag(repository, "v1")
     push(repository, {**release(), "note.txt": b"x"})
     before = repository.read("main")
-    content = purge(hub, tmp_path)
+    content = purge(hub, run_process)
     assert repository.read("main") == before and len(list(repository.history("main"))) == 1
     assert repository.tags == {} and content["plan"]["tags"] == ["v1"] and content["plan"]["squashed"] == ["main"]
     assert sha256(BASE[ONE]) not in served(repository)
@@ -122,64 +123,64 @@ def at_main(hub: LoopbackHub) -> Repository:
     return repository
 
 
-def test_main_itself_serves_the_original(hub, tmp_path):
+def test_main_itself_serves_the_original(hub, run_process):
     """All else at its tip stays."""
     repository = at_main(hub)
-    content = purge(hub, tmp_path, "--base", "org/base")
+    content = purge(hub, run_process, "--base", "org/base")
     assert repository.read("main") == {"README.md": b"# Old", "new.txt": b"x"}
     assert served(repository) & {sha256(BASE[ONE]), sha256(BASE[TWO])} == set()
     assert content["plan"]["removed_from_main"] == 1 and content["purge"]["main_kept"]
 
 
-def test_an_orphan(hub, tmp_path):
+def test_an_orphan(hub, run_process):
     add_base(hub)
     repository = hub.add("models", "org/model", ORIGINAL, lfs=LARGE)
     push(repository, release())
     repository.squash("refs/heads/main", "anew", "alice")
-    assert purge(hub, tmp_path)["after"]["clean"]
+    assert purge(hub, run_process)["after"]["clean"]
     assert set(repository.objects) == {sha256(content) for content in RELEASE.values()}
 
 
-def test_a_pull_request_cannot_be_removed(hub, tmp_path):
+def test_a_pull_request_cannot_be_removed(hub, run_process):
     add_base(hub)
     repository = hub.add("models", "org/model", release(), lfs=LARGE)
     open_pull_request(repository, ORIGINAL)
     open_pull_request(repository, ORIGINAL, lfs=[])
-    result = audit(hub, tmp_path, "org/model", "--purge", "--yes")
-    assert result.returncode == 1
-    assert "Cannot be removed: refs/pr/2, which the Hub lets nobody delete." in result.stdout
-    assert "The Hub lets nobody delete a pull request (#2): ask its support, or move to a new rep" in result.stdout
+    result = audit(hub, run_process, "org/model", "--purge", "--yes")
+    assert result.code == 1
+    assert "Cannot be removed: refs/pr/2, which the Hub lets nobody delete." in result.out
+    assert "The Hub lets nobody delete a pull request (#2): ask its support, or move to a new rep" in result.out
     # The large one is gone, from the pull request too
     assert sha256(BASE[ONE]) not in repository.objects and ONE not in repository.read("refs/pr/1")
     # Nothing is tried again that is known to fail, and it still does not count as clean
     hub.requests.clear()
-    again = purge(hub, tmp_path, code=1)
+    again = purge(hub, run_process, code=1)
     assert hub.writes() == [] and again["plan"]["stays"] == ["refs/pr/2"] and "purge" not in again
     assert {by["name"] for one in again["found"] for by in one["refs"]} == {"#2"} and len(again["found"]) == 1
 
 
-def test_what_is_no_original_is_removed_on_request_only(hub, tmp_path):
+def test_what_is_no_original_is_removed_on_request_only(hub, run_process):
     add_base(hub)
     repository = hub.add("models", "org/model", release(), lfs=LARGE)
     push(repository, {"model.safetensors": b"in one shard", "training_args.bin": b"pickle"})
     push(repository, release())
     before = repository.read("main")
     state = hub.state()
-    result = audit(hub, tmp_path, "org/model", "--purge", "--yes")
-    assert result.returncode == 1 and hub.state() == state and hub.writes() == []
-    assert "Not in this plan: left by a trainer and unknown weights (add --all)." in result.stdout
-    assert purge(hub, tmp_path, "--all")["after"]["clean"]
+    result = audit(hub, run_process, "org/model", "--purge", "--yes")
+    assert result.code == 1 and hub.state() == state and hub.writes() == []
+    assert "Not in this plan: left by a trainer and unknown weights (add --all)." in result.out
+    assert purge(hub, run_process, "--all")["after"]["clean"]
     assert set(repository.objects) == {sha256(content) for content in RELEASE.values()}
     assert repository.read("main") == before
 
 
-def test_what_the_report_at_main_lists_stays(hub, tmp_path):
+def test_what_the_report_at_main_lists_stays(hub, run_process):
     """A leftover by its name, which the release lists: it is for its publisher to remove, by the next release."""
     add_base(hub)
     files = {**RELEASE, "extra.bin": b"listed"}
     repository = hub.add("models", "org/model", release(files), lfs=LARGE)
     state = hub.state()
-    content = purge(hub, tmp_path, "--all", code=1)
+    content = purge(hub, run_process, "--all", code=1)
     assert (
         hub.state() == state and content["plan"]["large"] == [] and repository.read("main")["extra.bin"] == b"listed"
     )
@@ -189,15 +190,15 @@ def test_what_the_report_at_main_lists_stays(hub, tmp_path):
 # ---- Who is asked, and who may ----
 
 
-def test_nothing_is_removed_without_a_yes(hub, tmp_path):
+def test_nothing_is_removed_without_a_yes(hub, run_process):
     everywhere(hub)
     state = hub.state()
-    result = audit(hub, tmp_path, "org/model", "--purge")
-    assert (result.returncode, hub.state(), hub.writes()) == (2, state, [])
-    assert "Error: Nothing was removed: add --yes" in result.stderr
-    assert "  delete tag v0; where its tip is clean, tag main again afterwards" in result.stdout.splitlines()
-    assert "  delete branch old" in result.stdout.splitlines()
-    assert "  delete 1 large file for good, in all commits" in result.stdout.splitlines()
+    result = audit(hub, run_process, "org/model", "--purge")
+    assert (result.code, hub.state(), hub.writes()) == (2, state, [])
+    assert "Error: Nothing was removed: add --yes" in result.err
+    assert "  delete tag v0; where its tip is clean, tag main again afterwards" in result.out.splitlines()
+    assert "  delete branch old" in result.out.splitlines()
+    assert "  delete 1 large file for good, in all commits" in result.out.splitlines()
 
 
 @pytest.mark.parametrize(("answer", "is_yes"), [("y\n", True), ("\n", False), ("n\n", False), ("\x04", False)])
@@ -225,21 +226,21 @@ def test_the_terminal_is_asked(hub, tmp_path, answer, is_yes):
     )
 
 
-def test_a_token_that_may_not_write(hub, tmp_path):
+def test_a_token_that_may_not_write(hub, run_process):
     everywhere(hub)
     state = hub.state()
     for token in (hub.add_user("bob", "read", {"org": "read"}), hub.add_user("eve")):
-        result = audit(hub, tmp_path, "org/model", "--purge", "--yes", "-q", token=token)
-        assert result.returncode == 1 and "This token may not do that in org/model" in result.stderr
+        result = audit(hub, run_process, "org/model", "--purge", "--yes", "-q", token=token)
+        assert result.code == 1 and "This token may not do that in org/model" in result.err
     assert hub.state() == state and hub.writes() == []
 
 
-def test_main_moves_meanwhile(hub, tmp_path):
+def test_main_moves_meanwhile(hub, run_process):
     """What was looked at is not what would be removed from: nothing is."""
     repository = everywhere(hub)
     hub.meanwhile("GET", "/auth-check/write$", lambda: push(repository, {**release(), "note.txt": b"new"}))
-    result = audit(hub, tmp_path, "org/model", "--purge", "--yes", "-q")
-    assert result.returncode == 1 and "main of org/model has changed meanwhile" in result.stderr
+    result = audit(hub, run_process, "org/model", "--purge", "--yes", "-q")
+    assert result.code == 1 and "main of org/model has changed meanwhile" in result.err
     assert hub.writes() == [] and sha256(BASE[ONE]) in served(repository)
 
 
@@ -257,14 +258,14 @@ PURGE = ["org/model", "--base", "org/base", "--purge", "--yes", "-q"]
 
 
 @pytest.fixture(scope="module")
-def undisturbed(hub_and_client, tmp_path_factory) -> dict:
+def undisturbed(hub_and_client, run_process) -> dict:
     """The states that a purge leaves in which nothing fails."""
     hub, _ = hub_and_client
     states = {}
     for prepare in (everywhere, at_main):
         hub.reset()
         repository = prepare(hub)
-        assert audit(hub, tmp_path_factory.mktemp("home"), *PURGE).returncode == 0
+        assert audit(hub, run_process, *PURGE).code == 0
         states[prepare] = repository.state()
     return states
 
@@ -278,21 +279,21 @@ def check_finished(repository: Repository, undisturbed: dict) -> None:
 
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize(("prepare", "method", "path"), WRITES)
-def test_a_second_run_finishes(undisturbed, hub, tmp_path, prepare, method, path, when):
+def test_a_second_run_finishes(undisturbed, hub, prepare, method, path, when, run_process):
     for failure in (hub.fail, hub.drop):
         hub.repositories.clear()
         repository = prepare(hub)
         before = repository.read("main")
         failure(method, path, when)
-        result = audit(hub, tmp_path, *PURGE)
-        assert result.returncode == 1 and not hub.faults and "Traceback" not in result.stderr
-        assert "try again, which is safe." in result.stderr
+        result = audit(hub, run_process, *PURGE)
+        assert result.code == 1 and not hub.faults and "Traceback" not in result.err
+        assert "try again, which is safe." in result.err
         assert prepare is at_main or repository.read("main") == before
-        assert audit(hub, tmp_path, *PURGE).returncode == 0
+        assert audit(hub, run_process, *PURGE).code == 0
         check_finished(repository, undisturbed[prepare])
 
 
-def test_a_run_that_is_killed(undisturbed, hub, tmp_path):
+def test_a_run_that_is_killed(undisturbed, hub, tmp_path, run_process):
     """At each request that changes something: it takes effect, and nobody hears of it."""
     token = hub.add_user("alice", organizations={"org": "write"})
     for prepare, method, path in WRITES:
@@ -312,5 +313,5 @@ def test_a_run_that_is_killed(undisturbed, hub, tmp_path):
         while not (hub.writes() and path.rstrip("$") in hub.writes()[-1].path) and time.monotonic() < deadline:
             time.sleep(0.01)
         assert prepare is at_main or repository.read("main") == before
-        assert audit(hub, tmp_path, *PURGE).returncode == 0
+        assert audit(hub, run_process, *PURGE).code == 0
         check_finished(repository, undisturbed[prepare])

@@ -15,7 +15,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hub_store import Repository
+from push_process import Outcome
 from released import CANARIES, CHANGED, FORMAT, assert_not_repeated, copy_model, make_base, make_report
 from safetensors.numpy import load, load_file, save_file
 
@@ -37,13 +37,6 @@ from hf_unlearn.cards.tensor_files import open_model
 LARGE = ["*.safetensors"]
 WEIGHTS, REPORT, CARD = "model.safetensors", "unlearning_report.json", "README.md"
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
-
-# The client waits seconds before another attempt: what it does is the same without
-WITHOUT_WAITS = """
-import runpy, time
-time.sleep = lambda seconds: None
-runpy.run_module("hf_unlearn.cli.verify", run_name="__main__", alter_sys=True)
-"""
 
 
 # ---- Releases ----
@@ -129,18 +122,11 @@ def files(place) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def verify(hub, tmp_path):
-    """Runs the command as a user does."""
+def verify(hub, run_process):
+    """Runs the command as a user does, but for waits before another attempt."""
 
-    def call(*arguments: object, token: str = "", waits: bool = True) -> subprocess.CompletedProcess:
-        command = ["-m", "hf_unlearn.cli.verify"] if waits else ["-c", WITHOUT_WAITS]
-        return subprocess.run(
-            [sys.executable, *command, *map(str, arguments)],
-            capture_output=True,
-            text=True,
-            env={**os.environ, **hub.environment(tmp_path / "home", token), "HF_DEBUG": ""},
-            timeout=120,
-        )
+    def call(*arguments: object, token: str = "") -> Outcome:
+        return run_process("verify", *arguments, token=token)
 
     return call
 
@@ -151,10 +137,10 @@ def found(hub, verify):
 
     def call(*arguments: object) -> list[tuple[str, str]]:
         process = verify(*(arguments or ["org/name"]), "--json")
-        assert process.returncode in (0, 1) and "Traceback" not in process.stderr, process.stderr[-3000:]
-        result = json.loads(process.stdout)
+        assert process.code in (0, 1) and "Traceback" not in process.err, process.err[-3000:]
+        result = json.loads(process.out)
         assert hub.writes() == []
-        assert process.returncode == (0 if result["passed"] else 1) and result["passed"] == (not result["findings"])
+        assert process.code == (0 if result["passed"] else 1) and result["passed"] == (not result["findings"])
         for finding in result["findings"]:
             assert finding["message"].endswith(".") and "\n" not in finding["message"]
         return [(finding["rule"], finding["file"]) for finding in result["findings"]]
@@ -162,10 +148,10 @@ def found(hub, verify):
     return call
 
 
-def error_of(process: subprocess.CompletedProcess) -> str:
+def error_of(process: Outcome) -> str:
     """The one sentence."""
-    assert "Traceback (most recent" not in process.stderr and process.stdout == ""
-    [line] = [line for line in process.stderr.splitlines() if line.startswith("Error: ")]
+    assert "Traceback (most recent" not in process.err and process.out == ""
+    [line] = [line for line in process.err.splitlines() if line.startswith("Error: ")]
     return line
 
 
@@ -205,8 +191,8 @@ def test_a_release_is_what_it_says(hub, place, verify, kind, tmp_path):
     hub.add("models", "org/tiny", base, lfs=LARGE)
     repository = hub.add("models", "org/name", {**files, ".gitattributes": b"*.safetensors filter=lfs\n"}, lfs=LARGE)
     process = verify("org/name", "--json")
-    assert process.returncode == 0, process.stdout + process.stderr
-    result = json.loads(process.stdout)
+    assert process.code == 0, process.out + process.err
+    result = json.loads(process.out)
     assert result["passed"] and result["findings"] == []
     assert (result["revision"], result["commit"]) == ("main", repository.branches["main"])
     files[".gitattributes"] = b"*.safetensors filter=lfs\n"
@@ -238,13 +224,13 @@ def test_a_person_reads_which_commit_it_is(hub, files, verify):
     repository.refs["refs/tags/v1"] = commit
     repository.commit({"weights.bin": b"something else"})
     process = verify("org/name@v1")
-    assert process.returncode == 0, process.stdout
-    assert f"org/name@v1 is commit {commit[:12]}." in process.stdout
-    assert f"Verified: {len(files)} files" in process.stdout and "org/tiny, cannot be read" in process.stdout
-    assert verify(f"org/name@{commit}", "-q").stdout == ""
+    assert process.code == 0, process.out
+    assert f"org/name@v1 is commit {commit[:12]}." in process.out
+    assert f"Verified: {len(files)} files" in process.out and "org/tiny, cannot be read" in process.out
+    assert verify(f"org/name@{commit}", "-q").out == ""
     moved = verify("org/name", "-q")
-    assert moved.returncode == 1 and "verify-report unlearning_report.json" in moved.stdout.splitlines()
-    assert moved.stderr == ""
+    assert moved.code == 1 and "verify-report unlearning_report.json" in moved.out.splitlines()
+    assert moved.err == ""
 
 
 def test_code_and_templates_of_the_base(hub, place, found):
@@ -353,11 +339,11 @@ def test_names_of_files_that_no_release_holds_are_not_repeated(hub, files, verif
     hub.add("models", "org/name", {**files, **names, **changed_report(files, values)}, lfs=LARGE)
     for arguments in ([], ["--json"], ["-q"]):
         process = verify("org/name", *arguments)
-        assert process.returncode == 1
+        assert process.code == 1
         for canary in ("name", "email"):
-            assert_not_repeated(process.stdout + process.stderr, CANARIES[canary])
-        assert "\x1b[2J" not in process.stdout + process.stderr
-    assert process.stdout.splitlines() == [
+            assert_not_repeated(process.out + process.err, CANARIES[canary])
+        assert "\x1b[2J" not in process.out + process.err
+    assert process.out.splitlines() == [
         "verify-extra the tree",
         f"verify-missing file {len(values['files'])} in the list of the report",
     ]
@@ -455,10 +441,10 @@ def test_the_edit_manifest(hub, place, files, tmp_path, found):
 def test_a_report_that_is_none(hub, files, verify, content, words):
     hub.add("models", "org/name", {**files, REPORT: content}, lfs=LARGE)
     process = verify("org/name", "--json")
-    [finding] = json.loads(process.stdout)["findings"]
-    assert (process.returncode, finding["rule"], finding["file"]) == (1, "verify-report", REPORT)
+    [finding] = json.loads(process.out)["findings"]
+    assert (process.code, finding["rule"], finding["file"]) == (1, "verify-report", REPORT)
     assert words in finding["message"] and finding["message"].count(".") == 1
-    assert_not_repeated(process.stdout + process.stderr, CANARIES["name"])
+    assert_not_repeated(process.out + process.err, CANARIES["name"])
 
 
 # ---- Receipts ----
@@ -562,7 +548,7 @@ def test_a_receipt_that_is_none(hub, files, verify, tmp_path, change):
     content = "[1, 2" if change is None else json.dumps({**receipt, **change})
     (tmp_path / "receipt.json").write_text(content)
     process = verify("org/name", "--receipt", tmp_path / "receipt.json")
-    assert process.returncode == 2
+    assert process.code == 2
     message = error_of(process)
     assert "receipt" in message and str(tmp_path) not in message
     assert_not_repeated(message, CANARIES["name"])
@@ -587,7 +573,7 @@ def test_a_receipt_that_is_none(hub, files, verify, tmp_path, change):
 )
 def test_what_is_not_understood_sends_nothing(hub, verify, arguments, words):
     process = verify(*arguments)
-    assert process.returncode == 2 and words in error_of(process)
+    assert process.code == 2 and words in error_of(process)
     assert hub.requests == []
 
 
@@ -595,12 +581,12 @@ def test_private_repositories_take_a_token(hub, files, verify):
     token = hub.add_user("alice", "read", {"org": "read"})
     hub.add("models", "org/name", files, lfs=LARGE, private=True)
     process = verify("org/name")
-    assert process.returncode == 1 and "not on the Hub, or this token cannot see it" in error_of(process)
+    assert process.code == 1 and "not on the Hub, or this token cannot see it" in error_of(process)
     process = verify("org/name", "--download", token=token)
-    assert process.returncode == 0, process.stderr
+    assert process.code == 0, process.err
     process = verify("org/name", "-q", "--token", token)
-    assert (process.returncode, process.stdout) == (0, "")
-    assert "others on this machine can see a token" in process.stderr and token not in process.stderr
+    assert (process.code, process.out) == (0, "")
+    assert "others on this machine can see a token" in process.err and token not in process.err
     # The storage belongs to somebody else
     assert not any("Authorization" in request.headers for request in hub.requests if "/_cdn/" in request.path)
     assert "does not know this token" in error_of(verify("org/name", token="hf_nobody"))
@@ -609,9 +595,9 @@ def test_private_repositories_take_a_token(hub, files, verify):
 def test_revisions_that_there_are_not(hub, files, verify):
     hub.add("models", "org/name", files, lfs=LARGE)
     process = verify("org/name@v9")
-    assert process.returncode == 1 and "has no such revision" in error_of(process)
+    assert process.code == 1 and "has no such revision" in error_of(process)
     process = verify("org/name", "--base", "org/nothing")
-    assert process.returncode == 1 and "org/nothing is not on the Hub" in error_of(process)
+    assert process.code == 1 and "org/nothing is not on the Hub" in error_of(process)
 
 
 @pytest.mark.parametrize(
@@ -632,8 +618,8 @@ def test_a_hub_that_fails(hub, place, files, verify, method, path, times, how):
         hub.fail(method, path, "before", times=times)
     else:
         hub.drop(method, path, "before", times=times)
-    process = verify("org/name", waits=False)
-    assert process.returncode == 1
+    process = verify("org/name")
+    assert process.code == 1
     message = error_of(process)
     # Also of a download, where the client says the same for both
     assert message.startswith("Error: The Hub failed (503)" if how == "error" else "Error: The Hub cannot be reached")
