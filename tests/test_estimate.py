@@ -81,7 +81,7 @@ def estimate(options: ModelOptions | None = None, **changes: object) -> Estimate
         pytest.param("settings", "npo + kl, modules, gradient_conflict, 4 micro-batches", marks=pytest.mark.slow),
         ("settings", "npo + kl, lora, bf16 autocast"),
         pytest.param("settings", "npo + kl, full, checkpointed", marks=pytest.mark.slow),
-        ("settings", "rmu + hidden_mse, modules, second model"),
+        pytest.param("settings", "rmu + hidden_mse, modules, second model", marks=pytest.mark.slow),
         ("growth", "npo + kl, modules, depth x 2"),
     ],
 )

@@ -102,7 +102,7 @@ def largest_tensor(model, tokenizer, tmp_path, scope: str, **settings) -> int:
             id="npo of a trained head",
             marks=pytest.mark.slow,
         ),
-        pytest.param("lora", {"forget_loss": ["simnpo"], "retain_loss": ["nll"]}, id="simnpo"),
+        pytest.param("lora", {"forget_loss": ["simnpo"], "retain_loss": ["nll"]}, id="simnpo", marks=pytest.mark.slow),
     ],
 )
 def test_logits_of_a_batch_are_never_held(model, tokenizer, tmp_path, scope, settings):

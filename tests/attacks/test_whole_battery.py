@@ -100,7 +100,9 @@ def test_none_is_left_out():
 
 
 @pytest.mark.parametrize("name", LESS)
-@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+@pytest.mark.parametrize(
+    "checkpoint", [CHECKPOINTS[0], *(pytest.param(name, marks=pytest.mark.slow) for name in CHECKPOINTS[1:])]
+)
 def test_every_attack_gives_scores_and_the_models_back(data_dir, models, tmp_path, checkpoint, name):
     attacked, data = models[checkpoint], short_data(tmp_path)
     if name == "adapter_removal":

@@ -31,7 +31,6 @@ from hf_unlearn.cards.release import Release, ReleaseFile, check_files, read_rel
 from hf_unlearn.cards.tensor_files import open_model
 
 
-COUNT = 1000
 NAMES = ("README.md", "unlearning_report.json", "edit_manifest.json")
 SECRET = "PerpetuaLochlainn"
 ODD = [
@@ -157,15 +156,16 @@ def release_of(made, base, **changed):
     return release
 
 
+@pytest.mark.parametrize("count", [300, pytest.param(1000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", NAMES)
-def test_mutated_files(made, base, name):
+def test_mutated_files(made, base, name, count):
     """Through all that parses them, in turn, with the base beside."""
     generator = random.Random(name)
     original = (made / name).read_bytes()
     kinds = set()
     start = time.process_time()
     with read_release(base) as base_release:
-        for number in range(COUNT):
+        for number in range(count):
             by_value = name.endswith(".json") and number % 2
             content = (mutate_json if by_value else mutate_bytes)(original, generator)
             release = release_of(made, base, **{name: content})

@@ -93,7 +93,9 @@ def entries(trainer):
     return [entry for entry in trainer.state.log_history if AFTER in entry]
 
 
-@pytest.mark.parametrize("scope", ["all weights", "some weights", "lora with dropout"])
+@pytest.mark.parametrize(
+    "scope", ["all weights", pytest.param("some weights", marks=pytest.mark.slow), "lora with dropout"]
+)
 def test_an_unlearning_run_is_the_same_bit_for_bit(known_model, tofu_rows, rows, probe, tmp_path, scope):
     def run(*callbacks):
         watcher = StateOfTraining()
