@@ -46,7 +46,8 @@ import datasets  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from datasets import Dataset  # noqa: E402
-from machine import describe_processor, describe_versions  # noqa: E402
+from machine import describe_versions  # noqa: E402
+from measuring import describe_machine  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase  # noqa: E402
 from transformers.trainer_callback import PrinterCallback  # noqa: E402
@@ -654,7 +655,7 @@ def main() -> None:
         report = {
             "command": f"python benchmarks/compare_losses.py --work_dir DIR --jobs {options.jobs}"
             + (f" --losses {options.losses}" if options.losses else ""),
-            "machine": {**describe_processor(), "torch_threads": 1},
+            "machine": describe_machine("cpu"),
             "versions": describe_versions(
                 "torch", "transformers", "accelerate", "datasets", "scipy", "rouge-score", "hf-unlearn"
             ),

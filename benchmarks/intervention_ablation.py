@@ -44,7 +44,8 @@ from typing import Any
 import datasets
 import torch
 from datasets import Dataset
-from machine import describe_processor, describe_versions
+from machine import describe_versions
+from measuring import describe_machine
 from scipy.stats import t as student_t
 from tqdm import tqdm
 from transformers import (
@@ -334,7 +335,7 @@ def main() -> None:
         seeds = " ".join(map(str, options.seeds))
         content = {
             "command": f"python benchmarks/intervention_ablation.py --seeds {seeds} --layer {options.layer}",
-            "machine": {**describe_processor(), "torch_threads": 1},
+            "machine": describe_machine("cpu"),
             "versions": describe_versions("torch", "transformers", "hf-unlearn"),
             "seconds": "CPU seconds of one run, model loading included",
             "attacks": {"resisted": ATTACK, "resisted_strong_attack": STRONG_ATTACK, "relaxed_tokens": 1},

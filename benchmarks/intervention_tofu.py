@@ -31,7 +31,6 @@ paraphrased questions.
 import argparse
 import json
 import os
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -40,13 +39,13 @@ from typing import Any
 
 # Before the libraries read them: nothing is fetched, and one core suffices
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
-sys.path.insert(0, str(Path(__file__).parent))  # also where it is loaded by its path
 
 import datasets  # noqa: E402
 import torch  # noqa: E402
 from compare_losses import BASE, ROWS_PER_AUTHOR, TEACHING, read_rows, teach  # noqa: E402
 from datasets import Dataset  # noqa: E402
-from machine import describe_processor, describe_versions  # noqa: E402
+from machine import describe_versions  # noqa: E402
+from measuring import describe_machine  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
@@ -224,7 +223,7 @@ def main() -> None:
     if options.json:
         report = {
             "command": "python benchmarks/intervention_tofu.py --work_dir DIR",
-            "machine": {**describe_processor(), "torch_threads": 1},
+            "machine": describe_machine("cpu"),
             "versions": describe_versions(
                 "torch", "transformers", "accelerate", "datasets", "peft", "trl", "hf-unlearn"
             ),

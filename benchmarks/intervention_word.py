@@ -32,7 +32,8 @@ from collections import defaultdict
 from typing import Any
 
 import torch
-from machine import describe_processor, describe_versions
+from machine import describe_versions
+from measuring import describe_machine
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.utils import logging
 
@@ -182,7 +183,7 @@ def main() -> None:
         content = {
             "command": "python benchmarks/intervention_word.py",
             "seeds": {"stories": 0, "samples": 1},
-            "machine": {**describe_processor(), "torch_threads": 1},
+            "machine": describe_machine("cpu"),
             "versions": describe_versions("torch", "transformers", "hf-unlearn"),
             "results": results,
         }

@@ -33,8 +33,6 @@ import json
 import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -44,7 +42,7 @@ import step_cost
 import torch
 from datasets import Dataset
 from machine import describe_versions
-from measuring import count_flops, describe_machine, synchronize
+from measuring import count_flops, describe_machine, measure_product_rate, time_calls
 from peft import LoraConfig
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -153,13 +151,7 @@ def measure(step: Any, device: str, repeats: int) -> dict[str, float]:
         step_cost.run_step(step)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    seconds = []
-    for _ in range(repeats):
-        synchronize(device)
-        start = time.perf_counter()
-        step_cost.run_step(step)
-        synchronize(device)
-        seconds.append(time.perf_counter() - start)
+    seconds = time_calls(partial(step_cost.run_step, step), device, repeats)
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else 0
     flops = sum(count_flops(partial(step_cost.run_step, step)).values())
     return {"seconds": statistics.median(seconds), "flops": flops, "peak_bytes": peak}
@@ -167,21 +159,10 @@ def measure(step: Any, device: str, repeats: int) -> dict[str, float]:
 
 def measure_rates(device: str, size: int) -> dict[str, float]:
     """FLOPs per second of a product in bfloat16, and bytes per second that a copy reads: the best of some."""
-    left, right = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
-
-    def best(function: Callable[[], Any]) -> float:
-        seconds = []
-        for _ in range(5):
-            synchronize(device)
-            start = time.perf_counter()
-            function()
-            synchronize(device)
-            seconds.append(time.perf_counter() - start)
-        return min(seconds)
-
-    target = torch.empty_like(left)
-    copied = best(lambda: target.copy_(left))
-    return {"flops": 2 * size**3 / best(lambda: left @ right), "bytes": 2 * left.nbytes / copied}
+    source = torch.randn(size, size, device=device, dtype=torch.bfloat16)
+    target = torch.empty_like(source)
+    copied = min(time_calls(lambda: target.copy_(source), device))
+    return {"flops": measure_product_rate(device, size, torch.bfloat16), "bytes": 2 * source.nbytes / copied}
 
 
 def roofline(result: dict[str, float], rates: dict[str, float], weight_bytes: int, passes: int) -> float:

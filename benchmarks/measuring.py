@@ -95,17 +95,22 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def measure_product_rate(device: str, size: int = 2048, repeats: int = 5) -> float:
-    """FLOPs per second of one large matrix product, the best of some: the roof under which the steps run."""
-    left, right = (torch.randn(size, size, device=device) for _ in range(2))
+def time_calls(function: Callable[[], Any], device: str, repeats: int = 5) -> list[float]:
+    """Seconds of each call."""
     seconds = []
     for _ in range(repeats):
         synchronize(device)
         start = time.perf_counter()
-        left @ right
+        function()
         synchronize(device)
         seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / min(seconds)
+    return seconds
+
+
+def measure_product_rate(device: str, size: int = 2048, dtype: torch.dtype = torch.float32) -> float:
+    """FLOPs per second of one large matrix product, the best of some: the roof under which the steps run."""
+    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    return 2 * size**3 / min(time_calls(lambda: left @ right, device))
 
 
 def describe_machine(device: str) -> dict[str, Any]:

@@ -40,7 +40,8 @@ from what_holds import BEFORE, METHODS, NUM_FORGET_PEOPLE, RETAIN_ONLY, Case, Me
 import torch
 from compare_losses import Folders
 from datasets import Dataset
-from machine import describe_processor, describe_versions
+from machine import describe_versions
+from measuring import describe_machine
 from transformers import PreTrainedModel
 from what_holds_attacks import answer_probabilities
 
@@ -248,7 +249,7 @@ def main() -> None:
             "command": f"python benchmarks/what_comes_back.py --seeds {' '.join(map(str, args.seeds))}",
             "forget_people": NUM_FORGET_PEOPLE,
             "threads": torch.get_num_threads(),
-            "machine": {**describe_processor(), "torch_threads": 1},
+            "machine": describe_machine("cpu"),
             "versions": describe_versions("torch", "transformers", "peft", "nanogcg", "hf-unlearn"),
             "runs": runs,
         }

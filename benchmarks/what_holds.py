@@ -55,7 +55,8 @@ from compare_losses import (  # isort: skip
 
 import torch
 from datasets import Dataset
-from machine import describe_processor, describe_versions
+from machine import describe_versions
+from measuring import describe_machine
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.trainer_callback import PrinterCallback
 from what_holds_attacks import (
@@ -464,7 +465,7 @@ def main() -> None:
         report = {
             "command": f"python benchmarks/what_holds.py --work_dir DIR --jobs {options.jobs}",
             "seeds": options.seeds,
-            "machine": {**describe_processor(), "torch_threads": 1},
+            "machine": describe_machine("cpu"),
             "versions": describe_versions("torch", "transformers", "accelerate", "datasets", "scipy", "hf-unlearn"),
             "settings": {
                 "retain_floor": RETAIN_FLOOR,

@@ -34,7 +34,7 @@ torch.set_num_threads(1)
 def pytest_collection_finish():
     """
     Takes what the imports made out of the garbage collector's sight: each training ends with a collection, which
-    would otherwise look at all of it every time (0.24 s; half of what a short run takes).
+    would otherwise look at all of it every time (0.24 s; a third of what a short run takes).
     """
     gc.collect()
     gc.freeze()

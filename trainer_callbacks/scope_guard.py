@@ -75,11 +75,11 @@ class ScopeGuardCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
         tensors = model.state_dict(keep_vars=True)
-        changed_here = {name for name, digest in self._digests.items() if _digest(tensors[name]) != digest}
+        changed_here = [name for name, digest in self._digests.items() if _digest(tensors[name]) != digest]
         # Of all processes, so that none goes on to save and waits for one that has stopped
-        changed = set(gather_object(list(changed_here)))
+        changed_anywhere = set(gather_object(changed_here))
+        changed = [name for name in tensors if name in changed_anywhere]
         if changed:
-            changed = [name for name in tensors if name in changed]
             shown = ", ".join(changed[:5]) + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")
             raise ScopeViolationError(
                 f"{len(changed)} of {len(self._digests)} tensors that had to stay changed during training: {shown}."

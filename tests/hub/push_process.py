@@ -31,6 +31,9 @@ from typing import NamedTuple
 from loopback_hub import LoopbackHub
 
 
+TIMEOUT = 120  # seconds
+
+
 class Outcome(NamedTuple):
     """Exit code (negative where a signal ended it), and what the command wrote."""
 
@@ -141,5 +144,10 @@ class PushProcess:
             os.kill(child, signal.SIGKILL)
 
     def __call__(self, *argv: object, **options: object) -> Outcome:
-        self.start(*argv, **options)
-        return self.wait()
+        child = self.start(*argv, **options)
+        outcome = self.wait(TIMEOUT)
+        if outcome is None:
+            self.kill(child)
+            self.wait()
+            raise TimeoutError(f"hf-unlearn {argv[0]} did not end in {TIMEOUT} s.")
+        return outcome

@@ -15,6 +15,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -632,6 +633,16 @@ def test_one_failure_of_a_header_is_tried_again(hub, files, found):
     hub.fail("GET", "/resolve/.*/model.safetensors", "before")
     hub.drop("GET", "/_cdn/", "during", size=100)
     assert found() == []
+
+
+def test_as_a_module(hub, files, tmp_path):
+    """All other tests run it in a process that has imported it before."""
+    hub.add("models", "org/name", files, lfs=LARGE)
+    command = [sys.executable, "-m", "hf_unlearn.cli.verify", "org/name", "--json"]
+    environment = {**os.environ, **hub.environment(tmp_path / "home")}
+    process = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert process.returncode == 0, process.stderr
+    assert json.loads(process.stdout)["passed"]
 
 
 def test_neither_torch_nor_transformers_is_imported():

@@ -105,6 +105,7 @@ def test_tied_weights_are_one_tensor(tiny_model_path, tmp_path):
 
 
 def test_on_sft_trainer_with_lora(tiny_model_path, tofu_rows, tmp_path):
+    guard = ScopeGuardCallback()
     rows = [{"text": row["answer"]} for row in tofu_rows("forget01")[:4]]
     trainer = SFTTrainer(
         tiny_model_path,
@@ -112,9 +113,12 @@ def test_on_sft_trainer_with_lora(tiny_model_path, tofu_rows, tmp_path):
         train_dataset=Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(tiny_model_path),
         peft_config=LoraConfig(target_modules="all-linear", r=2),
-        callbacks=[ScopeGuardCallback()],
+        callbacks=[guard],
     )
     trainer.train()
+    model = trainer.model
+    assert all(factor.any() for name, factor in model.named_parameters() if "lora_B" in name)  # they began at zero
+    assert set(guard._digests) == {name for name in model.state_dict() if "lora_" not in name}
 
 
 @pytest.mark.parametrize("scope", ["selected", "lora"])
